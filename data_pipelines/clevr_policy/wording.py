@@ -1,0 +1,111 @@
+r"""From a tree and a scene to words: policy text, query, chain of thought, answer.
+
+    policy   The policy of L2-Karitu. Start at Condition 1 with every object in focus. ...
+             # Condition 1: Is there any object with color red in focus?
+             - True: go to Condition 1.1
+             - False: respond with Case 2
+    query    According to the policy L2-Karitu, what should be the response for the given image? ...
+    cot      I see: small red metal cube, large blue rubber sphere.
+             Condition 1: any color red? True: small red metal cube. Go to Condition 1.1
+             Condition 1.1: any shape cube? True: small red metal cube. Respond with Case 3
+    answer   Case 3
+
+The chain of thought names the objects from left to right first, so that seeing and reasoning can be
+told apart when an answer is wrong; then it visits each Condition of the path in order, says what is
+seen, narrows the focus on a yes and names the next Condition.
+
+Source: paper section 2 (style; wording ours).
+Next: data_pipelines/clevr_policy/dataset.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from data_pipelines.clevr.scene import SceneObject
+from data_pipelines.clevr_policy.tree import (
+    Case,
+    Condition,
+    PolicyTree,
+    follow,
+    iter_conditions,
+)
+
+FORMAT_INSTRUCTION = (
+    "Think inside <think></think> and put the final answer inside \\boxed{}."  # paper section 2
+)
+
+
+def policy_text(tree: PolicyTree) -> str:
+    """The policy document of a tree: instruction, name, one section per decision node."""
+    sections = [
+        f"# Condition {node.section}: Is there any object with {node.attribute} {node.value}"
+        f" in focus?\n- True: {_go_to(node.if_true)}\n- False: {_go_to(node.if_false)}"
+        for node in iter_conditions(tree.root)
+    ]
+    instruction = (
+        f"The policy of {tree.name}. Start at Condition 1 with every object in focus."
+        " After True only the matching objects stay in focus; after False the focus stays."
+    )
+    return "\n".join([instruction, *sections])
+
+
+def query(policy_name: str) -> str:
+    """The user's question; it names the policy and never repeats it."""
+    return (
+        f"According to the policy {policy_name}, what should be the response for the given image?"
+        f" {FORMAT_INSTRUCTION}"
+    )
+
+
+def describe_object(thing: SceneObject) -> str:
+    """`small red metal cube`."""
+    return f"{thing.size} {thing.color} {thing.material} {thing.shape}"
+
+
+def describe_objects(objects: Sequence[SceneObject]) -> str:
+    """Objects from left to right (by column; nearer first on a tie), separated by commas."""
+    return ", ".join(describe_object(thing) for thing in left_to_right(objects))
+
+
+def left_to_right(objects: Sequence[SceneObject]) -> list[SceneObject]:
+    """Objects by image column. Raises ValueError for objects without pixel coordinates."""
+    if any(thing.pixel_coords is None for thing in objects):
+        raise ValueError("objects have no pixel_coords; project the scene first")
+    return sorted(objects, key=lambda thing: (thing.pixel_coords[0], thing.pixel_coords[2]))  # type: ignore[index]
+
+
+def chain_of_thought(tree: PolicyTree, objects: Sequence[SceneObject]) -> str:
+    """What goes between `<think>` and `</think>` for these objects."""
+    visits, _ = follow(tree, objects)
+    lines = [f"I see: {describe_objects(objects)}."]
+    for visit in visits:
+        node = visit.condition
+        seen = f"True: {describe_objects(visit.focus)}." if visit.answer else "False."
+        child = node.if_true if visit.answer else node.if_false
+        lines.append(
+            f"Condition {node.section}: any {node.attribute} {node.value}?"
+            f" {seen} {_capitalized(_go_to(child))}"
+        )
+    return "\n".join(lines)
+
+
+def answer(case: int) -> str:
+    """The canonical answer of a case number."""
+    return f"Case {case}"
+
+
+def completion(cot: str, final_answer: str) -> str:
+    r"""What the model must say: `<think>…</think>\boxed{…}`; without CoT only the boxed answer."""
+    boxed = f"\\boxed{{{final_answer}}}"
+    return f"<think>{cot}</think>{boxed}" if cot else boxed
+
+
+def _go_to(node: Condition | Case) -> str:
+    if isinstance(node, Case):
+        return f"respond with {answer(node.number)}"
+    return f"go to Condition {node.section}"
+
+
+def _capitalized(text: str) -> str:
+    return text[0].upper() + text[1:]

@@ -1,0 +1,111 @@
+"""Example: the one record that every dataset is turned into and every stage reads.
+
+An Example is what the paper calls (P_T, P_I, I, Q, C, A): policy text and policy images, input
+images, query, chain of thought and answer. On disk it is one MessagePack map (schema below), so a
+shard can be read from any language.
+
+    key            type          meaning
+    example_id     str           unique in its dataset
+    images         list[bytes]   input images, encoded (PNG or JPEG)
+    query          str           what the user asks; never contains the policy
+    answer         str           the canonical answer, e.g. "Case 3"
+    cot            str           chain of thought between <think> and </think>; "" = none
+    policy_name    str           the name that the query uses; "" = no policy
+    policy_text    str           the policy document; "<image>" marks where a policy image goes
+    policy_images  list[bytes]   the document's own images, in order of their marks
+    meta           map           JSON-like facts for graders and reports (scene, path, seed, ...)
+
+Source: paper section 2 and 4 (the task and the VM-CPT sequence).
+Next: data_pipelines/shards.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from typing import Any
+
+import msgpack
+import numpy as np
+from PIL import Image
+
+IMAGE_MARK = "<image>"
+MAX_IMAGE_PIXELS = 40_000_000  # larger files are refused before decoding (decompression bombs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One record; see the module docstring for the meaning of the fields."""
+
+    example_id: str
+    images: tuple[bytes, ...]
+    query: str
+    answer: str
+    cot: str = ""
+    policy_name: str = ""
+    policy_text: str = ""
+    policy_images: tuple[bytes, ...] = ()
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+_FIELDS = {field.name for field in dataclasses.fields(Example)}
+
+
+def encode_example(example: Example) -> bytes:
+    """One Example as MessagePack bytes; equal Examples give equal bytes."""
+    return msgpack.packb(dataclasses.asdict(example), use_bin_type=True)
+
+
+def decode_example(record: bytes) -> Example:
+    """The Example of one record.
+
+    Raises:
+        ValueError: not MessagePack, or fields are missing or unknown.
+    """
+    try:
+        fields = msgpack.unpackb(record, raw=False)
+    except Exception as error:  # msgpack raises several unrelated types for broken bytes
+        raise ValueError(f"not an Example record ({error}); rebuild the shard") from error
+    if not isinstance(fields, dict) or set(fields) != _FIELDS:
+        found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
+        raise ValueError(f"an Example record has the fields {sorted(_FIELDS)}, found {found}")
+    fields["images"] = tuple(fields["images"])
+    fields["policy_images"] = tuple(fields["policy_images"])
+    return Example(**fields)
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """uint8 [Y, X, 3] as PNG bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels, "RGB").save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def decode_image(encoded: bytes, where: str = "image") -> np.ndarray:
+    """Encoded bytes as uint8 RGB [Y, X, 3]; transparency is dropped on white.
+
+    Args:
+        encoded: a PNG, JPEG, ... file's bytes.
+        where: named in the error (example id and image number).
+
+    Raises:
+        ValueError: not an image, truncated, or more than MAX_IMAGE_PIXELS pixels.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                raise ValueError(
+                    f"{where}: {image.width}x{image.height} pixels are more than the limit of"
+                    f" {MAX_IMAGE_PIXELS}; scale the file down"
+                )
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                rgba = image.convert("RGBA")
+                white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+                image = Image.alpha_composite(white, rgba)
+            return np.asarray(image.convert("RGB"))
+    except ValueError:
+        raise
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{where}: {len(encoded)} bytes that are no readable image ({error})"
+        ) from error

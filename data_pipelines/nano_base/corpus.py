@@ -1,0 +1,33 @@
+"""Text on which the nano tokenizer is trained: prompts and completions of every task.
+
+Next: trimpi_jax/models/nano_tokenizer.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from data_pipelines.clevr.scene import sample_scenes
+from data_pipelines.clevr_policy.wording import completion
+from data_pipelines.example import Example
+from data_pipelines.nano_base.mixture import (
+    make_caption,
+    make_existence,
+    make_policy_question,
+)
+
+
+def iter_corpus(seed: int, count: int) -> Iterator[str]:
+    """`count` documents of policies, queries and completions, without images."""
+    scenes = sample_scenes(seed, 0, 256, min_objects=3, max_objects=8, width=168, height=112)
+    for i in range(count):
+        rng = np.random.default_rng([seed, i])
+        objects = [dataclasses.asdict(thing) for thing in scenes[i % len(scenes)].objects]
+        scene = Example(str(i), (), "", "", meta={"objects": objects})
+        policy = make_policy_question(rng, scene, (1, 2, 3, 4))
+        yield "\n".join((policy.policy_text, policy.query, completion(policy.cot, policy.answer)))
+        for example in (make_caption(rng, scene), make_existence(rng, scene)):
+            yield f"{example.query}\n{example.answer}"

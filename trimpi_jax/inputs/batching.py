@@ -1,0 +1,103 @@
+"""Encoded rows become a Batch of a static shape: few buckets, nothing cut, nothing lost silently.
+
+A bucket is (rows, tokens, windows). A row that is longer than the largest bucket is dropped and
+counted; the count is a metric. Shapes are chosen on the host before the device sees anything, so
+the number of compiled programs is at most the number of buckets.
+
+Next: trimpi_jax/objectives/cross_entropy.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from trimpi_jax.inputs.encode import EncodedRow
+from trimpi_jax.types import Batch
+
+
+class Fitted(NamedTuple):
+    """Rows that fit, and how many did not."""
+
+    rows: list[EncodedRow]
+    kept: list[int]  # indices of the rows that fit
+    too_long: int
+    longest: int  # tokens of the longest row seen
+
+
+def drop_too_long(rows: Sequence[EncodedRow], max_tokens: int, max_windows: int) -> Fitted:
+    """Keep the rows of at most `max_tokens` tokens and `max_windows` windows, in order."""
+    kept = [
+        i
+        for i, row in enumerate(rows)
+        if len(row.tokens) <= max_tokens and len(row.images.patches) <= max_windows
+    ]
+    longest = max((len(row.tokens) for row in rows), default=0)
+    return Fitted([rows[i] for i in kept], kept, len(rows) - len(kept), longest)
+
+
+def choose_bucket(size: int, buckets: Sequence[int]) -> int:
+    """The smallest bucket that holds `size`.
+
+    Raises:
+        ValueError: it is larger than all of them.
+    """
+    for bucket in sorted(buckets):
+        if size <= bucket:
+            return bucket
+    raise ValueError(
+        f"{size} is more than the largest bucket of {sorted(buckets)}; add a larger bucket"
+    )
+
+
+def make_batch(
+    rows: Sequence[EncodedRow], *, num_rows: int, num_tokens: int, num_windows: int
+) -> Batch:
+    """A Batch [num_rows, num_tokens] with `num_windows` vision windows a row.
+
+    Missing rows are padding with `valid` False and length 1 (so that no attention row is empty).
+
+    Raises:
+        ValueError: more rows, tokens or windows than the shape holds.
+    """
+    tokens = max((len(row.tokens) for row in rows), default=0)
+    windows = max((len(row.images.patches) for row in rows), default=0)
+    if len(rows) > num_rows or tokens > num_tokens or windows > num_windows:
+        raise ValueError(
+            f"{len(rows)} rows of up to {tokens} tokens and {windows} windows do not fit a batch of"
+            f" {num_rows} rows, {num_tokens} tokens, {num_windows} windows"
+        )
+    slots, patch_bytes = rows[0].images.patches.shape[1:] if rows else (0, 0)
+    batch = Batch(
+        tokens=np.zeros((num_rows, num_tokens), np.int32),
+        loss_mask=np.zeros((num_rows, num_tokens), bool),
+        lengths=np.ones((num_rows,), np.int32),
+        positions=np.zeros((num_rows, 3, num_tokens), np.int32),
+        rope_delta=np.zeros((num_rows,), np.int32),
+        visual_index=np.full((num_rows, num_tokens), -1, np.int32),
+        patches=np.zeros((num_rows, num_windows, slots, patch_bytes), np.uint8),
+        patch_hw=np.zeros((num_rows, num_windows, slots, 2), np.int32),
+        patch_segment=np.zeros((num_rows, num_windows, slots), np.int32),
+        valid=np.zeros((num_rows,), bool),
+    )
+    for i, row in enumerate(rows):
+        length, count = len(row.tokens), len(row.images.patches)
+        batch.tokens[i, :length] = row.tokens
+        batch.loss_mask[i, :length] = row.loss_mask
+        batch.lengths[i] = length
+        batch.positions[i, :, :length] = row.positions
+        batch.rope_delta[i] = row.rope_delta
+        batch.visual_index[i, :length] = row.visual_index
+        batch.patches[i, :count] = row.images.patches
+        batch.patch_hw[i, :count] = row.images.patch_hw
+        batch.patch_segment[i, :count] = row.images.patch_segment
+        batch.valid[i] = True
+    return batch
+
+
+def padding_waste(batch: Batch) -> float:
+    """Share of the token slots of a batch that hold no real token."""
+    used = int(np.where(batch.valid, batch.lengths, 0).sum())
+    return 1.0 - used / batch.tokens.size

@@ -1,0 +1,144 @@
+"""One Example becomes tokens, positions, packed patches and a loss mask. Host side, numpy.
+
+    SFT        s s v v q q a a e     s system, v visual, q query, a answer, e end of message
+    loss_mask  . . . . . . 1 1 1     only what the model must say
+    VM-CPT     P P v v q q a a e     P policy document (its own images are v)
+    loss_mask  . 1 . . 1 1 1 1 1     every text target, never a visual token (nor the first token)
+
+A policy-aware prompt carries the policy as its system message, so it comes first and its keys and
+values are the same for every question about it; a policy-free prompt has the template's default
+system message.
+
+Source: paper section 4 (the VM-CPT mask), section 2 (prompts).
+Next: trimpi_jax/inputs/batching.py
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from data_pipelines.clevr_policy.wording import completion
+from data_pipelines.example import IMAGE_MARK, Example, decode_image
+from trimpi_jax.models.packing import PackedImages, mrope_positions, pack_images
+from trimpi_jax.models.processor import (
+    Processor,
+    encode_completion,
+    encode_prompt_tokens,
+    resize_image,
+)
+
+LossOn = Literal["nothing", "completion", "text"]
+
+
+class EncodedRow(NamedTuple):
+    """One row before batching; T = its true length."""
+
+    tokens: np.ndarray  # int32 [T]
+    loss_mask: np.ndarray  # bool [T]
+    positions: np.ndarray  # int32 [3, T]
+    rope_delta: int
+    visual_index: np.ndarray  # int32 [T]
+    images: PackedImages
+
+
+def encode_prompt(example: Example, processor: Processor, *, policy_in_prompt: bool) -> EncodedRow:
+    """The prompt of an Example, ready to be continued; nothing counts as a target."""
+    return _encode(example, processor, policy_in_prompt, None, "nothing")
+
+
+def encode_example(
+    example: Example,
+    processor: Processor,
+    *,
+    policy_in_prompt: bool,
+    with_cot: bool,
+    loss_on: LossOn,
+) -> EncodedRow:
+    """Prompt and gold completion.
+
+    Args:
+        example: the record.
+        processor: of the model.
+        policy_in_prompt: whether the policy document is the system message.
+        with_cot: whether the completion has the chain of thought before the boxed answer.
+        loss_on: "completion" for SFT, "text" for VM-CPT.
+
+    Raises:
+        ValueError: `with_cot` and the Example has none; an unreadable image.
+    """
+    if with_cot and not example.cot:
+        raise ValueError(f"example {example.example_id} has no chain of thought; use the cot split")
+    text = completion(example.cot if with_cot else "", example.answer)
+    return encode_with_completion(
+        example, processor, text, policy_in_prompt=policy_in_prompt, loss_on=loss_on
+    )
+
+
+def encode_with_completion(
+    example: Example,
+    processor: Processor,
+    text: str,
+    *,
+    policy_in_prompt: bool,
+    loss_on: LossOn,
+) -> EncodedRow:
+    """Prompt and a given completion text."""
+    tokens = encode_completion(processor, text)
+    return _encode(example, processor, policy_in_prompt, tokens, loss_on)
+
+
+def chat_messages(example: Example, *, policy_in_prompt: bool) -> list[dict[str, Any]]:
+    """The conversation: the policy (when asked for) as system, then images and query as user."""
+    user: list[dict[str, str]] = [{"type": "image"} for _ in example.images]
+    messages = [{"role": "user", "content": [*user, {"type": "text", "text": example.query}]}]
+    if not policy_in_prompt:
+        return messages
+    if not example.policy_text:
+        raise ValueError(f"example {example.example_id} has no policy text to put in its prompt")
+    system: list[dict[str, str]] = []
+    for number, piece in enumerate(example.policy_text.split(IMAGE_MARK)):
+        if number:
+            system.append({"type": "image"})
+        if piece:
+            system.append({"type": "text", "text": piece})
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _encode(
+    example: Example,
+    processor: Processor,
+    policy_in_prompt: bool,
+    completion_tokens: np.ndarray | None,
+    loss_on: LossOn,
+) -> EncodedRow:
+    encoded_images = (*example.policy_images, *example.images)
+    if not policy_in_prompt:
+        encoded_images = example.images
+    images = [
+        resize_image(decode_image(data, f"example {example.example_id}, image {i}"), processor)
+        for i, data in enumerate(encoded_images)
+    ]
+    prompt = encode_prompt_tokens(
+        processor,
+        chat_messages(example, policy_in_prompt=policy_in_prompt),
+        [(image.shape[0], image.shape[1]) for image in images],
+    )
+    tokens = prompt
+    if completion_tokens is not None:
+        tokens = np.concatenate([prompt, completion_tokens])
+    packed = pack_images(images, processor.vision)
+    positions, delta = mrope_positions(
+        tokens, packed.grids, processor.image_token_id, processor.vision.merge_size
+    )
+    is_visual = tokens == processor.image_token_id
+    visual_index = np.full(len(tokens), -1, np.int32)
+    if packed.slots:
+        visual_index[is_visual] = np.concatenate(packed.slots)
+    loss_mask = np.zeros(len(tokens), bool)
+    if loss_on == "completion":
+        loss_mask[len(prompt) :] = True
+    elif loss_on == "text":
+        loss_mask[1:] = ~is_visual[1:]
+    return EncodedRow(tokens, loss_mask, positions, delta, visual_index, packed)

@@ -1,0 +1,161 @@
+"""The only training loop: evaluate, save, fetch, step, log; in that order, until the last step.
+
+The data iterator moves only after a save, so a checkpoint and the iterator's state always belong
+together and a resumed run takes the identical next step. Ctrl-C and SIGTERM finish the step, save,
+and end the program with a line that says how to go on; a kill loses at most `save_every` steps.
+
+Next: trimpi_jax/stages/sft.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from trimpi_jax.io.checkpoints import open_checkpoints, restore_latest, save_checkpoint
+from trimpi_jax.io.metrics import append_metrics
+from trimpi_jax.io.progress import Progress
+
+
+class Stopped(SystemExit):
+    """The run was asked to stop and saved itself; the exit status says "start me again"."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss or gradient is NaN or infinite; the last good checkpoint is kept."""
+
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL: a launcher may start the same command again
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopSettings:
+    """When to do what, in loop steps."""
+
+    name: str
+    folder: Path
+    num_steps: int
+    save_every: int
+    log_every: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where the loop's examples come from: a stream with a saveable place."""
+
+    fetch: Callable[[int], Any]  # step -> examples
+    save_place: Callable[[], dict]
+    restore_place: Callable[[dict], None]
+
+
+StepFunction = Callable[[Any, int, Any], tuple[Any, Mapping[str, Any]]]
+
+
+def run(
+    settings: LoopSettings,
+    state: Any,
+    source: Source,
+    take_step: StepFunction,
+    progress: Progress,
+    evaluate: Callable[[Any, int], None] = lambda state, step: None,
+) -> Any:
+    """Train to `num_steps` and return the last state; continues from the newest checkpoint.
+
+    Args:
+        settings: see `LoopSettings`.
+        state: the state of step 0; its shardings are used on restore.
+        source: where examples come from.
+        take_step: (state, step, examples) -> (state, metrics); metrics may be device arrays,
+            "train/loss" is checked to be finite.
+        progress: where bars and lines go.
+        evaluate: called before every save with the state and the step.
+
+    Raises:
+        NonFiniteLoss: naming the step and its examples.
+        Stopped: after SIGINT or SIGTERM, when everything is saved.
+    """
+    manager = open_checkpoints(settings.folder / "checkpoints")
+    metrics_path = settings.folder / "metrics.jsonl"
+    first = 0
+    restored = restore_latest(manager, state)
+    if restored is not None:
+        state, host, first = restored
+        source.restore_place(host["source"])
+        progress.say(f"{settings.name}: continuing at step {first} of {settings.num_steps}")
+    try:
+        with _stop_requests() as stop, progress.task(settings.name, settings.num_steps) as bar:
+            bar(first, {})
+            for step in range(first, settings.num_steps):
+                if step % settings.save_every == 0 or stop:
+                    evaluate(state, step)
+                    save_checkpoint(manager, step, state, {"source": source.save_place()})
+                if stop:
+                    manager.wait_until_finished()
+                    progress.say(
+                        f"{settings.name}: stopped and saved at step {step}; start the same"
+                        " command again to continue"
+                    )
+                    raise Stopped(EXIT_STOPPED)
+                examples = source.fetch(step)
+                started = time.perf_counter()
+                state, metrics = take_step(state, step, examples)
+                metrics = {name: jax.device_get(value) for name, value in metrics.items()}
+                metrics["time/step_s"] = time.perf_counter() - started
+                _check_finite(settings, manager, step, metrics, examples)
+                line = append_metrics(metrics_path, step, metrics)
+                bar(step + 1, line)
+                if (step + 1) % settings.log_every == 0 or step + 1 == settings.num_steps:
+                    progress.line(settings.name, step + 1, settings.num_steps, line)
+            evaluate(state, settings.num_steps)
+            save_checkpoint(
+                manager, settings.num_steps, state, {"source": source.save_place()}
+            )
+            manager.wait_until_finished()
+    finally:
+        manager.close()
+    return state
+
+
+def _check_finite(settings, manager, step: int, metrics: Mapping[str, Any], examples: Any) -> None:
+    bad = {
+        name: float(metrics[name])
+        for name in ("train/loss", "train/grad_norm")
+        if name in metrics and not math.isfinite(float(metrics[name]))
+    }
+    if bad:
+        manager.wait_until_finished()
+        names = [getattr(example, "example_id", "?") for example in examples][:16]
+        raise NonFiniteLoss(
+            f"{settings.name} step {step}: {bad}. Nothing of this step was saved; the last good"
+            f" checkpoint is step {manager.latest_step()} in {settings.folder}/checkpoints. The"
+            f" batch: {names}. Lower the learning rate, or look at these examples."
+        )
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """A list that is empty until SIGINT or SIGTERM arrives; a second SIGINT stops at once."""
+    received: list[int] = []
+
+    def note(signum: int, frame: Any) -> None:
+        if received and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(signum)
+
+    previous = {}
+    with contextlib.suppress(ValueError):  # not in the main thread (tests): no handlers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

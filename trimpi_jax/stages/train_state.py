@@ -1,0 +1,167 @@
+"""What training changes: parameters, optimizer state, step. And the one optimizer step.
+
+Only some parameters are trained (all, all but the vision tower, or the LoRA leaves). The parameters
+are split into two flat dicts by path; gradients and optimizer state exist for the trained half only.
+
+Source: paper section 4 (AdamW, LoRA rank 8 for SFT, full parameters for VM-CPT and RL).
+Next: trimpi_jax/stages/loop.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from trimpi_jax.models.lora import is_lora_leaf
+
+Params = dict[str, Any]
+Flat = dict[tuple[str, ...], jax.Array]
+TRAINABLE = ("all", "all_but_vision", "lora")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW with linear warm-up and cosine or constant decay. Steps are optimizer updates."""
+
+    learning_rate: float
+    steps: int
+    warmup_steps: int = 0
+    schedule: str = "constant"  # "constant" or "cosine" (to a tenth)
+    b1: float = 0.9
+    b2: float = 0.99
+    weight_decay: float = 0.0  # on matrices only
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(f"schedule must be 'constant' or 'cosine', got '{self.schedule}'")
+        if not self.learning_rate > 0 or self.steps < 1 or self.warmup_steps < 0:
+            raise ValueError(f"learning_rate > 0, steps >= 1, warmup_steps >= 0; got {self}")
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Replaced, never changed. `params` is the whole tree, trained or not."""
+
+    step: jax.Array  # int32 scalar, optimizer updates done
+    params: Params
+    opt_state: Any
+
+
+def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW."""
+    peak, warmup = settings.learning_rate, min(settings.warmup_steps, settings.steps - 1)
+    if settings.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(settings.steps - warmup, 1), alpha=0.1)
+    else:
+        after = optax.constant_schedule(peak)
+    # the first update of a warm-up already moves: (i + 1) / warmup of the peak
+    schedule = after
+    if warmup:
+        ramp = optax.linear_schedule(peak / warmup, peak, warmup)
+        schedule = optax.join_schedules([ramp, after], [warmup])
+    return optax.chain(
+        optax.clip_by_global_norm(settings.clip_norm),
+        optax.adamw(
+            schedule,
+            b1=settings.b1,
+            b2=settings.b2,
+            weight_decay=settings.weight_decay,
+            mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 2, tree),
+        ),
+    )
+
+
+def is_trained(path: tuple[str, ...], trainable: str) -> bool:
+    """Whether the leaf at `path` is trained.
+
+    Raises:
+        ValueError: `trainable` is none of TRAINABLE.
+    """
+    if trainable not in TRAINABLE:
+        raise ValueError(f"trainable must be one of {TRAINABLE}, got '{trainable}'")
+    if trainable == "lora":
+        return is_lora_leaf(path)
+    return trainable == "all" or path[0] != "vision"
+
+
+def split_params(params: Params, trainable: str) -> tuple[Flat, Flat]:
+    """(trained, frozen) as flat dicts keyed by path."""
+    trained: Flat = {}
+    frozen: Flat = {}
+    for path, leaf in flatten_dict(params).items():
+        (trained if is_trained(path, trainable) else frozen)[path] = leaf
+    return trained, frozen
+
+
+def join_params(trained: Flat, frozen: Flat) -> Params:
+    """Inverse of `split_params`."""
+    return unflatten_dict({**trained, **frozen})
+
+
+def init_train_state(
+    params: Params, optimizer: optax.GradientTransformation, trainable: str
+) -> TrainState:
+    """Step 0 with fresh optimizer state for the trained half."""
+    trained, _ = split_params(params, trainable)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(_as_tree(trained)))
+
+
+def apply_gradients(
+    state: TrainState,
+    gradients: Flat,
+    optimizer: optax.GradientTransformation,
+    trainable: str,
+) -> tuple[TrainState, jax.Array]:
+    """One optimizer update: (new state, gradient norm before clipping)."""
+    trained, frozen = split_params(state.params, trainable)
+    gradient_tree = _as_tree(gradients)
+    updates, opt_state = optimizer.update(gradient_tree, state.opt_state, _as_tree(trained))
+    new_tree = optax.apply_updates(_as_tree(trained), updates)
+    new_state = TrainState(
+        state.step + 1, join_params(flatten_dict(new_tree), frozen), opt_state
+    )
+    return new_state, optax.global_norm(gradient_tree)
+
+
+def accumulate_gradients(
+    loss_of: Callable[[Flat, Any], tuple[jax.Array, dict[str, jax.Array]]],
+    trained: Flat,
+    micro_batches: Any,
+) -> tuple[Flat, dict[str, jax.Array]]:
+    """Sum gradients and metrics of `loss_of(trained, micro)` over the leading axis.
+
+    The losses of the micro-batches add up to the loss of the step, so `loss_of` divides by the
+    denominator of the whole batch, and the result does not depend on how it was cut.
+    """
+    gradient_of = jax.grad(loss_of, has_aux=True)
+    count = jax.tree.leaves(micro_batches)[0].shape[0]
+    if count == 1:  # no loop for the common case
+        return gradient_of(trained, jax.tree.map(lambda leaf: leaf[0], micro_batches))
+    shapes = jax.eval_shape(gradient_of, trained, jax.tree.map(lambda x: x[0], micro_batches))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def add(total, micro):
+        return jax.tree.map(jnp.add, total, gradient_of(trained, micro)), None
+
+    total, _ = jax.lax.scan(add, zeros, micro_batches)
+    return total
+
+
+def split_micro_batches(batch: Any, count: int) -> Any:
+    """[B, ...] -> [count, B / count, ...] for every leaf."""
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if rows % count:
+        raise ValueError(f"{rows} rows do not split into {count} micro-batches")
+    return jax.tree.map(lambda x: x.reshape(count, rows // count, *x.shape[1:]), batch)
+
+
+def _as_tree(flat: Flat) -> Params:
+    return unflatten_dict(flat)
