@@ -93,7 +93,9 @@ class TextConfig:
     def __post_init__(self):
         problems = []
         if self.kv_heads <= 0 or self.heads % self.kv_heads:
-            problems.append(f"{self.heads} query heads cannot share {self.kv_heads} key/value heads")
+            problems.append(
+                f"{self.heads} query heads cannot share {self.kv_heads} key/value heads"
+            )
         if len(self.mrope_section) != 3 or 2 * sum(self.mrope_section) != self.head_width:
             problems.append(
                 f"mrope_section {self.mrope_section} must be three counts that add up to half of "

@@ -1,0 +1,135 @@
+"""The two modules everything is made of, and the two ways to run a stack of layers.
+
+A Linen module here only declares its weights (shape, logical axes, initializer, once) and calls a
+function of `ops`. Layers of one kind are stacked on a leading axis L of every leaf; running them,
+keeping caches and saving memory happen outside the modules, in plain functions.
+
+Next: trimpi_jax/models/vision.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from trimpi_jax.ops.linear import linear
+from trimpi_jax.ops.norms import rms_norm
+
+Params = dict[str, Any]
+Axis = tuple[str, int]  # logical name, size
+
+
+class Linear(nn.Module):
+    """y = x W + b over the named axes; adds the low-rank pair where lora.py has put one."""
+
+    inputs: tuple[Axis, ...]
+    outputs: tuple[Axis, ...]
+    use_bias: bool = False
+    init_std: float = 0.02
+    lora_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+        names, shape = zip(*self.inputs, *self.outputs, strict=True)
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), names)
+        kernel = self.param("kernel", init, shape)
+        bias = None
+        if self.use_bias:
+            names, shape = zip(*self.outputs, strict=True)
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), names)
+            bias = self.param("bias", zeros, shape)
+        lora = None
+        if not self.is_initializing() and self.has_variable("params", "lora_a"):
+            lora = (
+                self.get_variable("params", "lora_a"),
+                self.get_variable("params", "lora_b"),
+            )
+        return linear(
+            x,
+            kernel,
+            bias,
+            lora,
+            input_axes=len(self.inputs),
+            lora_scale=self.lora_scale,
+            out_dtype=out_dtype,
+        )
+
+
+class RMSNorm(nn.Module):
+    """y = scale * x / rms(x)."""
+
+    width: int
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        ones = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
+        return rms_norm(x, self.param("scale", ones, (self.width,)), self.eps)
+
+
+def declare(module: nn.Module, key: jax.Array, *args: Any, **kwargs: Any) -> Params:
+    """Initial weights of one module, each boxed with its logical axes."""
+    return module.init(key, *args, **kwargs)["params"]
+
+
+def declare_stack(module: nn.Module, key: jax.Array, depth: int, *args: Any) -> Params:
+    """Initial weights of `depth` equal layers, stacked on a new first axis "layers"."""
+    keys = jax.random.split(key, depth)
+    stacked = jax.vmap(lambda one: declare(module, one, *args))(keys)
+    return jax.tree.map(
+        lambda box: box.replace(names=("layers", *box.names)), stacked, is_leaf=is_box
+    )
+
+
+def is_box(leaf: Any) -> bool:
+    """True for a weight still boxed with its logical axes."""
+    return isinstance(leaf, nn.meta.AxisMetadata)
+
+
+def unstack(stacked: Params) -> list[Params]:
+    """[L, ...] leaves -> a list of L trees. Its gradient is one concatenation per leaf."""
+    leaves, structure = jax.tree.flatten(stacked)
+    depth = leaves[0].shape[0]
+    pieces = [
+        [piece.reshape(leaf.shape[1:]) for piece in jax.lax.split(jnp.asarray(leaf), [1] * depth)]
+        for leaf in leaves
+    ]
+    return [structure.unflatten(layer) for layer in zip(*pieces, strict=True)]
+
+
+def run_layers(
+    body: Callable[[jax.Array, Params], tuple[jax.Array, Any]],
+    x: jax.Array,
+    stacked: Params,
+    *,
+    layer_loop: str,
+    remat: bool,
+) -> tuple[jax.Array, list[Any]]:
+    """Runs `x, extra = body(x, layer)` through a stack.
+
+    Args:
+      body: one layer; `extra` may be None.
+      x: what flows through.
+      stacked: weights with leading axis L.
+      layer_loop: "scan" compiles one layer; "unrolled" compiles L, which is faster to run where
+        layers are tiny.
+      remat: keep only each layer's input for the backward pass and compute the rest again.
+
+    Returns:
+      (x, extras), extras a list of L.
+    """
+    if remat:
+        body = jax.checkpoint(body)
+    if layer_loop == "unrolled":
+        extras = []
+        for layer in unstack(stacked):
+            x, extra = body(x, layer)
+            extras.append(extra)
+        return x, extras
+    x, extras = jax.lax.scan(body, x, stacked)
+    depth = jax.tree.leaves(stacked)[0].shape[0]
+    return x, unstack(extras) if jax.tree.leaves(extras) else [None] * depth

@@ -1,0 +1,273 @@
+"""The whole model as pure functions: weights and arrays in, arrays out.
+
+    patches -> encode_images -> visual tokens
+                                     |  visual_index: which token of the row is which visual token
+    tokens  -> embedding  ------> hidden_states -> logits | token_logprobs
+                             '--> prefill -> decode_step, decode_step, ...
+
+Weights are float32; `dtype` is what they are cast to when used. Norm statistics, softmax, rotary
+angles, logits and log-probabilities are float32 always. Nothing here is jitted: the caller does it.
+
+Next: trimpi_jax/models/lora.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trimpi_jax.models.config import VLMConfig
+from trimpi_jax.models.language import (
+    KeyValue,
+    declare_language,
+    decode_language,
+    embed_tokens,
+    head_logits,
+    run_language,
+)
+from trimpi_jax.models.layers import Params, is_box, unstack
+from trimpi_jax.models.vision import declare_vision, encode_patches
+from trimpi_jax.ops.logprobs import chunked_logprobs
+from trimpi_jax.sharding import constrain
+from trimpi_jax.types import Batch
+
+
+def init_params(config: VLMConfig, key: jax.Array) -> Params:
+    """Random weights: float32, a plain nested dict, layers stacked on a leading axis.
+
+    Normal with the config's `init_std`, zero biases, unit norm scales. Under `jax.jit` only the
+    weights are computed.
+    """
+    return jax.tree.map(lambda box: box.value, _declare(config, key), is_leaf=is_box)
+
+
+def logical_axes(config: VLMConfig) -> Params:
+    """The tree of `init_params` with the logical axis names of each weight as leaves."""
+    boxed = jax.eval_shape(lambda: _declare(config, jax.random.key(0)))
+    return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=is_box)
+
+
+def param_shapes(config: VLMConfig) -> Params:
+    """The tree of `init_params` with shapes and dtypes as leaves; computes nothing."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def encode_images(
+    params: Params,
+    config: VLMConfig,
+    patches: jax.Array,
+    patch_hw: jax.Array,
+    patch_segment: jax.Array,
+    *,
+    dtype: Any = jnp.float32,
+    remat: bool = False,
+) -> jax.Array:
+    """Visual tokens of every row, in slot order.
+
+    Args:
+      params: the weights.
+      config: the model.
+      patches: uint8 [B, W, P, C * patch * patch].
+      patch_hw: int32 [B, W, P, 2].
+      patch_segment: int32 [B, W, P], 0 = empty slot.
+      dtype: of the activations.
+      remat: keep only block inputs for the backward pass.
+
+    Returns:
+      [B, M, D], M = W * P / merge_size^2. W = 0 skips the tower and gives M = 0.
+    """
+    if patches.shape[1] == 0:
+        return jnp.zeros((patches.shape[0], 0, config.text.width), dtype)
+    return encode_patches(
+        params["vision"],
+        config.vision,
+        patches,
+        patch_hw,
+        patch_segment,
+        dtype=jnp.dtype(dtype),
+        layer_loop=config.layer_loop,
+        remat=remat,
+    )
+
+
+def hidden_states(
+    params: Params,
+    config: VLMConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    lengths: jax.Array,
+    visual: jax.Array,
+    visual_index: jax.Array,
+    *,
+    dtype: Any = jnp.float32,
+    remat: bool = False,
+) -> jax.Array:
+    """Hidden states after the final norm, ready for the head.
+
+    Args:
+      params: the weights.
+      config: the model.
+      tokens: int32 [B, T], right-padded.
+      positions: int32 [B, 3, T].
+      lengths: int32 [B]; padding comes back as zeros.
+      visual: [B, M, D] from `encode_images`.
+      visual_index: int32 [B, T], slot in `visual`, -1 = a text token.
+      dtype: of the activations.
+      remat: keep only layer inputs for the backward pass.
+
+    Returns:
+      [B, T, D].
+    """
+    x = _embed(params, config, tokens, visual, visual_index, jnp.dtype(dtype))
+    hidden, _ = run_language(
+        params["language"],
+        config.text,
+        x,
+        positions,
+        layer_loop=config.layer_loop,
+        remat=remat,
+    )
+    real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
+    return jnp.where(real[..., None], hidden, jnp.zeros((), hidden.dtype))
+
+
+def logits(params: Params, config: VLMConfig, hidden: jax.Array) -> jax.Array:
+    """z = hidden W, float32 [..., V] from [..., D]."""
+    return head_logits(params["language"], config.text, hidden)
+
+
+def apply(
+    params: Params, config: VLMConfig, batch: Batch, *, dtype: Any = jnp.float32
+) -> jax.Array:
+    """Logits of a batch, float32 [B, T, V]; for small models and tests, see `token_logprobs`."""
+    visual = encode_images(
+        params, config, batch.patches, batch.patch_hw, batch.patch_segment, dtype=dtype
+    )
+    hidden = hidden_states(
+        params,
+        config,
+        batch.tokens,
+        batch.positions,
+        batch.lengths,
+        visual,
+        batch.visual_index,
+        dtype=dtype,
+    )
+    return logits(params, config, hidden)
+
+
+def token_logprobs(
+    params: Params, config: VLMConfig, hidden: jax.Array, targets: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """log p(target) and the entropy of the distribution, per token, in nats.
+
+    Args:
+      params: the weights.
+      config: the model.
+      hidden: [..., D].
+      targets: int32 [...].
+      chunk: tokens whose logits exist at a time; `chunk * V * 4` bytes.
+
+    Returns:
+      (logprobs float32 [...], entropy float32 [...]).
+    """
+    return chunked_logprobs(lambda h: logits(params, config, h), hidden, targets, chunk)
+
+
+def prefill(
+    params: Params,
+    config: VLMConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    lengths: jax.Array,
+    visual: jax.Array,
+    visual_index: jax.Array,
+    *,
+    dtype: Any = jnp.float32,
+) -> tuple[jax.Array, list[KeyValue]]:
+    """Reads the prompts once.
+
+    Args:
+      As for `hidden_states`, one row per prompt.
+
+    Returns:
+      (last_hidden [B, D] of the last real token, per layer (k, v) [B, T, K, H]).
+    """
+    x = _embed(params, config, tokens, visual, visual_index, jnp.dtype(dtype))
+    hidden, prompt_kv = run_language(
+        params["language"],
+        config.text,
+        x,
+        positions,
+        layer_loop=config.layer_loop,
+        remat=False,
+        keep_kv=True,
+    )
+    last = jnp.maximum(lengths - 1, 0)[:, None, None]
+    return jnp.take_along_axis(hidden, last, axis=1)[:, 0], prompt_kv
+
+
+def decode_step(
+    layer_params_list: list[Params],
+    params: Params,
+    config: VLMConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    prompt_kv: list[KeyValue],
+    prompt_lengths: jax.Array,
+    cache: list[KeyValue],
+    step: jax.Array,
+) -> tuple[jax.Array, list[KeyValue]]:
+    """One token further in each of G completions of Q prompts; the prompt is kept once.
+
+    Args:
+      layer_params_list: from `unstack_layers`, made once outside the loop.
+      params: the weights (embedding, final norm).
+      config: the model.
+      tokens: int32 [Q, G], the tokens just sampled.
+      positions: int32 [Q, G], lengths + rope_delta + step, the same on all three axes.
+      prompt_kv: per layer (k, v) [Q, T, K, H], from `prefill`.
+      prompt_lengths: int32 [Q].
+      cache: per layer (k, v) [Q, G, S, K, H]; its dtype is that of the activations.
+      step: int scalar in [0, S), the slot these tokens take.
+
+    Returns:
+      (hidden [Q, G, D] ready for `logits`, the cache).
+    """
+    x = embed_tokens(params["language"], config.text, tokens, cache[0][0].dtype)
+    return decode_language(
+        layer_params_list,
+        params["language"],
+        config.text,
+        x,
+        positions,
+        prompt_kv,
+        prompt_lengths,
+        cache,
+        step,
+    )
+
+
+def unstack_layers(params: Params) -> list[Params]:
+    """The language layers as a list of trees, for `decode_step`."""
+    return unstack(params["language"]["layers"])
+
+
+def _declare(config: VLMConfig, key: jax.Array) -> Params:
+    vision_key, language_key = jax.random.split(key)
+    return {
+        "vision": declare_vision(config.vision, vision_key),
+        "language": declare_language(config.text, language_key),
+    }
+
+
+def _embed(params, config, tokens, visual, visual_index, dtype):
+    """Token embeddings, with each visual token in the place of its placeholder."""
+    x = embed_tokens(params["language"], config.text, tokens, dtype)
+    if visual.shape[1]:
+        slot = jnp.maximum(visual_index, 0)[..., None]
+        placed = jnp.take_along_axis(visual.astype(dtype), slot, axis=1)
+        x = jnp.where((visual_index >= 0)[..., None], placed, x)
+    return constrain(x, "batch")

@@ -1,0 +1,107 @@
+"""Attention in plain array maths: the reference every faster kernel must equal.
+
+Letters beyond the house's: J = N / K query heads that share a key/value head. Logits and softmax
+are float32. A masked logit is a large finite number, so a row without any key gives finite junk
+(an average of all values) and never NaN; such rows are padding and masked later.
+
+Source: scaled dot-product attention (arXiv:1706.03762) with grouped queries (arXiv:2305.13245).
+Next: trimpi_jax/ops/logprobs.py
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30  # exp(MASKED - max) is exactly 0 in float32 for any max a model produces
+
+
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """softmax(q k^T / sqrt(H)) v over keys s <= t; key/value heads are shared by N / K queries.
+
+    Right padding needs no mask of its own: a real query never looks to the right.
+
+    Args:
+      q: [B, T, N, H].
+      k, v: [B, T, K, H].
+
+    Returns:
+      [B, T, N, H] in the dtype of q.
+    """
+    t = q.shape[1]
+    visible = jnp.tril(jnp.ones((t, t), bool))[None, None, None]
+    return _attend(q, k, v, visible)
+
+
+def segment_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array) -> jax.Array:
+    """Attention in both directions inside each segment.
+
+    Args:
+      q, k, v: [B, S, N, H].
+      segment: int [B, S]; 0 is an empty slot, which no query sees.
+
+    Returns:
+      [B, S, N, H] in the dtype of q.
+    """
+    same = segment[:, :, None] == segment[:, None, :]
+    visible = same & (segment > 0)[:, None, :]
+    return _attend(q, k, v, visible[:, None, None])
+
+
+def shared_prompt_attention(
+    q: jax.Array,
+    prompt_k: jax.Array,
+    prompt_v: jax.Array,
+    prompt_lengths: jax.Array,
+    own_k: jax.Array,
+    own_v: jax.Array,
+    step: jax.Array,
+) -> jax.Array:
+    """One decoding step of G completions that share the keys and values of one prompt.
+
+    One softmax over prompt slots `t < prompt_lengths` and own slots `s <= step`; the prompt is
+    never copied G times.
+
+    Args:
+      q: [Q, G, N, H], one query per completion.
+      prompt_k, prompt_v: [Q, T, K, H].
+      prompt_lengths: int [Q].
+      own_k, own_v: [Q, G, S, K, H], slot `step` already written.
+      step: int scalar.
+
+    Returns:
+      [Q, G, N, H] in the dtype of q.
+    """
+    prompts, completions, n, h = q.shape
+    t, kv_heads = prompt_k.shape[1:3]
+    s = own_k.shape[2]
+    grouped = q.reshape(prompts, completions, kv_heads, n // kv_heads, h)  # N -> K J
+    on_prompt = jnp.einsum(
+        "qgkjh,qtkh->qgkjt", grouped, prompt_k, preferred_element_type=jnp.float32
+    )
+    on_own = jnp.einsum("qgkjh,qgskh->qgkjs", grouped, own_k, preferred_element_type=jnp.float32)
+    see_prompt = jnp.arange(t)[None] < prompt_lengths[:, None]
+    see_own = jnp.arange(s) <= step
+    logits = jnp.concatenate(
+        [
+            jnp.where(see_prompt[:, None, None, None, :], on_prompt, MASKED),
+            jnp.where(see_own[None, None, None, None, :], on_own, MASKED),
+        ],
+        axis=-1,
+    )
+    weights = jax.nn.softmax(logits * h**-0.5, axis=-1).astype(q.dtype)
+    out = jnp.einsum("qgkjt,qtkh->qgkjh", weights[..., :t], prompt_v)
+    out = out + jnp.einsum("qgkjs,qgskh->qgkjh", weights[..., t:], own_v)
+    return out.reshape(prompts, completions, n, h)  # K J -> N
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+    """Dense attention; `visible` is bool and broadcasts explicitly to [B, K, J, T, S]."""
+    b, t, n, h = q.shape
+    kv_heads = k.shape[2]
+    grouped = q.reshape(b, t, kv_heads, n // kv_heads, h)  # N -> K J
+    logits = jnp.einsum("btkjh,bskh->bkjts", grouped, k, preferred_element_type=jnp.float32)
+    logits = jnp.where(visible, logits * h**-0.5, MASKED)
+    weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
+    out = jnp.einsum("bkjts,bskh->btkjh", weights, v)
+    return out.reshape(b, t, n, h)  # K J -> N

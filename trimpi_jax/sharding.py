@@ -1,0 +1,155 @@
+"""Which device holds what: the mesh, and the rules from logical axes to mesh axes.
+
+A weight names its axes by meaning ("embed", "heads"), once, where it is declared. This file alone
+says which mesh axis each meaning is cut over:
+
+    data    copies of the weights, different rows
+    fsdp    different rows too; weights and optimizer state are cut over it and gathered when used
+    tensor  heads, MLP columns and vocabulary are cut over it; activations are exchanged
+
+What used to be spelled `pjit` is `jax.jit` with shardings today: put parameters and batch on the
+mesh with these shardings, call the jitted step under `jax.set_mesh(mesh)`, and XLA partitions it.
+
+Next: trimpi_jax/ops/norms.py
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# logical axis -> mesh axis; None = never cut
+LOGICAL_RULES: Mapping[str, str | tuple[str, ...] | None] = {
+    # activations
+    "batch": BATCH_AXES,
+    "length": None,
+    # language model
+    "layers": None,
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_width": None,
+    "mlp": "tensor",
+    "norm": None,
+    "lora_rank": None,
+    # vision tower
+    "vision_embed": "fsdp",
+    "vision_heads": "tensor",
+    "vision_mlp": "tensor",
+    "vision_cell": "fsdp",
+    "qkv": None,
+    "channel": None,
+    "frame": None,
+    "pixel": None,
+}
+
+
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh of axes ("data", "fsdp", "tensor").
+
+    Args:
+      data, fsdp, tensor: devices along each axis; -1, at most once, means all that are left.
+      devices: the devices to use; all of every host by default.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    count = len(devices) if devices is not None else jax.device_count()
+    wild = [name for name, size in sizes.items() if size == -1]
+    wrong = [f"{name}={size}" for name, size in sizes.items() if size < 1 and size != -1]
+    if wrong or len(wild) > 1:
+        raise ValueError(
+            f"Mesh sizes must be positive, and at most one may be -1 (the rest); got {sizes}."
+        )
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if wild:
+        if count % fixed:
+            others = {name: size for name, size in sizes.items() if size != -1}
+            raise ValueError(
+                f"{count} devices cannot be split over mesh axes {others}: {fixed} does not "
+                f"divide {count}. Choose sizes whose product does."
+            )
+        sizes[wild[0]] = count // fixed
+    elif fixed != count:
+        raise ValueError(
+            f"Mesh {sizes} needs {fixed} devices, but there are {count}. Set one axis to -1 to "
+            "let it take the rest."
+        )
+    # Auto axes: XLA propagates shardings; the default since JAX 0.9 is Explicit
+    return jax.make_mesh(
+        tuple(sizes.values()), MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices
+    )
+
+
+def param_shardings(axes_tree: Any, mesh: Mesh, shapes: Any) -> Any:
+    """NamedSharding of every weight.
+
+    Args:
+      axes_tree: tree whose leaves are tuples of logical axis names, as `vlm.logical_axes` gives.
+      mesh: from `make_mesh`.
+      shapes: the same tree with leaves that have a `.shape`.
+
+    Raises:
+      ValueError: an unknown logical axis, or sizes that the mesh does not divide, all in one
+        message with the degrees that work (key/value heads are the usual limit of `tensor`).
+    """
+    problems: dict[str, None] = {}  # ordered and without repeats
+
+    def one(axes, leaf):
+        unknown = [name for name in axes if name not in LOGICAL_RULES]
+        if unknown or len(axes) != len(leaf.shape):
+            problems[f"logical axes {axes} do not fit shape {tuple(leaf.shape)}"] = None
+            return None
+        for name, size in zip(axes, leaf.shape, strict=True):
+            rule = LOGICAL_RULES[name]
+            degree = mesh.shape[rule] if isinstance(rule, str) else 1
+            if size % degree:
+                fits = [d for d in range(1, mesh.size + 1) if size % d == 0]
+                problems[
+                    f"{name} has {size} entries, not divisible by {rule}={degree} (of up to "
+                    f"{mesh.size} devices, {rule} may be {fits})"
+                ] = None
+        return NamedSharding(mesh, PartitionSpec(*(LOGICAL_RULES[name] for name in axes)))
+
+    shardings = jax.tree.map(one, axes_tree, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    if problems:
+        raise ValueError("Weights cannot be laid out on the mesh: " + "; ".join(problems) + ".")
+    return shardings
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over "data" and "fsdp"; every leaf of a Batch leads with B, so it fits all of them."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Tells XLA how an activation lies on the mesh; without a mesh in context, returns x.
+
+    Args:
+      x: any array.
+      axes: logical names of its first axes (None = leave to XLA); an axis that its mesh axes do
+        not divide is left to XLA as well.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    spec = []
+    for name, size in zip(axes, x.shape, strict=False):
+        rule = LOGICAL_RULES[name] if name is not None else None
+        names = (rule,) if isinstance(rule, str) else tuple(rule or ())
+        degree = math.prod(mesh.shape[n] for n in names)
+        fits = names and size % degree == 0
+        spec.append(names if fits else PartitionSpec.UNCONSTRAINED)
+    spec += [PartitionSpec.UNCONSTRAINED] * (x.ndim - len(spec))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
