@@ -261,7 +261,8 @@ def _check_tree(config: VLMConfig, params: Params) -> None:
         for path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(config))
     }
     problems = [
-        f"{'/'.join(path)}: expected {wanted.get(path, 'nothing')}, got {given.get(path, 'nothing')}"
+        f"{'/'.join(path)}: expected {wanted.get(path, 'nothing')}, "
+        f"got {given.get(path, 'nothing')}"
         for path in sorted(wanted.keys() | given.keys())
         if wanted.get(path) != given.get(path)
     ]

@@ -63,7 +63,7 @@ def pack_images(images: Sequence[np.ndarray], config: VisionConfig) -> PackedIma
 
         # [Y X C] -> [cell row, row in cell, ph, cell column, column in cell, pw, C]
         cut = image.reshape(height // merge, merge, patch, width // merge, merge, patch, -1)
-        # -> [cell row, cell column, row in cell, column in cell, C, ph, pw] -> [M, merge^2, C ph pw]
+        # -> [cell row, cell column, row in cell, column in cell, C, ph, pw] -> [M, 4, C ph pw]
         rows = cut.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, merge * merge, row_width)
         row_of, column_of = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
         coordinates = np.stack([row_of, column_of], axis=-1).astype(np.int32)

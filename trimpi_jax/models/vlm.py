@@ -88,6 +88,7 @@ def encode_images(
         patch_segment,
         dtype=jnp.dtype(dtype),
         layer_loop=config.layer_loop,
+        attention=config.attention,
         remat=remat,
     )
 
@@ -127,6 +128,7 @@ def hidden_states(
         x,
         positions,
         layer_loop=config.layer_loop,
+        attention=config.attention,
         remat=remat,
     )
     real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
@@ -202,6 +204,7 @@ def prefill(
         x,
         positions,
         layer_loop=config.layer_loop,
+        attention=config.attention,
         remat=False,
         keep_kv=True,
     )

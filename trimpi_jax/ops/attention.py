@@ -10,16 +10,25 @@ Next: trimpi_jax/ops/logprobs.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 MASKED = -1e30  # exp(MASKED - max) is exactly 0 in float32 for any max a model produces
+MIN_CAUSAL_BLOCK = 64  # queries; smaller matrices cost more to start than they save
+MAX_CAUSAL_BLOCKS = 8  # unrolled in the compiled program; saves 7/16 of the dense work
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v over keys s <= t; key/value heads are shared by N / K queries.
 
-    Right padding needs no mask of its own: a real query never looks to the right.
+    Right padding needs no mask of its own: a real query never looks to the right. Queries go in up
+    to eight blocks, each with only the keys it may see, which saves almost half of the work:
+
+        T = 4, two blocks     block 0  # .        block 1  # # # .
+                                       # #                 # # # #
 
     Args:
       q: [B, T, N, H].
@@ -29,8 +38,13 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
       [B, T, N, H] in the dtype of q.
     """
     t = q.shape[1]
-    visible = jnp.tril(jnp.ones((t, t), bool))[None, None, None]
-    return _attend(q, k, v, visible)
+    block = max(MIN_CAUSAL_BLOCK, -(-t // MAX_CAUSAL_BLOCKS))
+    pieces = []
+    for start in range(0, t, block):
+        end = min(start + block, t)
+        visible = np.arange(end)[None, :] <= np.arange(start, end)[:, None]
+        pieces.append(_attend(q[:, start:end], k[:, :end], v[:, :end], visible[None]))
+    return jnp.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0]
 
 
 def segment_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array) -> jax.Array:
@@ -45,7 +59,7 @@ def segment_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Arr
     """
     same = segment[:, :, None] == segment[:, None, :]
     visible = same & (segment > 0)[:, None, :]
-    return _attend(q, k, v, visible[:, None, None])
+    return _attend(q, k, v, visible)
 
 
 def shared_prompt_attention(
@@ -95,13 +109,32 @@ def shared_prompt_attention(
     return out.reshape(prompts, completions, n, h)  # K J -> N
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
-    """Dense attention; `visible` is bool and broadcasts explicitly to [B, K, J, T, S]."""
+def row_by_row(attention: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The same attention, one row of the batch after the other, computed again in the backward.
+
+    The logits of one row stay in the cache of a CPU, where this is two to three times faster; an
+    accelerator has to see all rows at once.
+    """
+
+    @jax.checkpoint
+    def one(row):
+        return attention(*(a[None] for a in row))[0]
+
+    return lambda *arrays: jax.lax.map(one, arrays)
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array | np.ndarray) -> jax.Array:
+    """Dense attention; `visible` is bool [B, T, S] or [1, T, S]."""
     b, t, n, h = q.shape
     kv_heads = k.shape[2]
-    grouped = q.reshape(b, t, kv_heads, n // kv_heads, h)  # N -> K J
-    logits = jnp.einsum("btkjh,bskh->bkjts", grouped, k, preferred_element_type=jnp.float32)
+    shared = n // kv_heads
+    # the J queries of a key/value head become rows of one matrix: [B T N H] -> [B K (J T) H]
+    q = q.reshape(b, t, kv_heads, shared, h).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(b, kv_heads, shared * t, h)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B S K H] -> [B K S H]
+    logits = jnp.einsum("bkxh,bksh->bkxs", q, k, preferred_element_type=jnp.float32)
+    visible = jnp.tile(visible, (1, shared, 1))[:, None]  # [B T S] -> [B 1 (J T) S]
     logits = jnp.where(visible, logits * h**-0.5, MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
-    out = jnp.einsum("bkjts,bskh->btkjh", weights, v)
-    return out.reshape(b, t, n, h)  # K J -> N
+    out = jnp.einsum("bkxs,bksh->bkxh", weights, v).reshape(b, kv_heads, shared, t, h)
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)  # [B K J T H] -> [B T N H]
