@@ -1,7 +1,7 @@
 """The shape of a Qwen2.5-VL model, read from and written to Hugging Face's config.json.
 
 Three frozen dataclasses, hashable, so a config can be a static argument of `jax.jit`. Fields that
-no checkpoint stores (`layer_loop`, `attention`, `lora_scale`) say how to run the model and never reach the disk.
+no checkpoint stores (`layer_loop`, `lora_scale`) say how to run the model and never reach the disk.
 
 Source: transformers `configuration_qwen2_5_vl.py` (5.x) and the config.json files of the 3B, 7B,
 32B and 72B releases, which spell several fields differently; both spellings are read.
@@ -17,7 +17,6 @@ from typing import Any
 MODEL_TYPE = "qwen2_5_vl"
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
 LAYER_LOOPS = ("scan", "unrolled")
-ATTENTIONS = ("dense", "rowwise")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,13 +119,10 @@ class VLMConfig:
     eos_token_ids: tuple[int, ...] = (151645, 151643)  # <|im_end|>, <|endoftext|>
     pad_token_id: int = 151643
     layer_loop: str = "scan"  # "scan": one compiled layer; "unrolled": all, for tiny models
-    attention: str = "dense"  # "rowwise": one batch row at a time, faster on a CPU
 
     def __post_init__(self):
         if self.layer_loop not in LAYER_LOOPS:
             raise ValueError(f"layer_loop must be one of {LAYER_LOOPS}, got {self.layer_loop!r}.")
-        if self.attention not in ATTENTIONS:
-            raise ValueError(f"attention must be one of {ATTENTIONS}, got {self.attention!r}.")
         if self.vision.out_width != self.text.width:
             raise ValueError(
                 f"The vision tower ends in width {self.vision.out_width}, but the language model "

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from trimpi_jax.models.config import TextConfig
 from trimpi_jax.models.layers import Linear, Params, RMSNorm, declare, declare_stack, run_layers
-from trimpi_jax.ops.attention import causal_attention, row_by_row, shared_prompt_attention
+from trimpi_jax.ops.attention import causal_attention, shared_prompt_attention
 from trimpi_jax.ops.rotary import mrope_angles, rotate, text_angles
 from trimpi_jax.sharding import constrain
 
@@ -51,13 +51,10 @@ class LanguageLayer(nn.Module):
         self.input_norm = RMSNorm(self.config.width, self.config.rms_eps)
         self.post_norm = RMSNorm(self.config.width, self.config.rms_eps)
 
-    def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attention: str = "dense"
-    ) -> tuple[jax.Array, KeyValue]:
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, KeyValue]:
         """Whole rows [B, T, D]; also returns the keys and values, [B, T, K, H] each."""
         q, k, v = self._project(x, cos, sin)
-        attend = row_by_row(causal_attention) if attention == "rowwise" else causal_attention
-        return self._finish(x, attend(q, k, v)), (k, v)
+        return self._finish(x, causal_attention(q, k, v)), (k, v)
 
     def decode(
         self,
@@ -147,7 +144,6 @@ def run_language(
     positions: jax.Array,
     *,
     layer_loop: str,
-    attention: str,
     remat: bool,
     keep_kv: bool = False,
 ) -> tuple[jax.Array, list[KeyValue | None]]:
@@ -159,7 +155,6 @@ def run_language(
       x: [B, T, D] embedded tokens.
       positions: int32 [B, 3, T].
       layer_loop, remat: see `layers.run_layers`.
-      attention: "dense", or "rowwise" for `attention.row_by_row`.
       keep_kv: also return every layer's keys and values.
 
     Returns:
@@ -170,7 +165,7 @@ def run_language(
     layer = LanguageLayer(config)
 
     def body(x, weights):
-        x, key_value = layer.apply({"params": weights}, x, cos, sin, attention)
+        x, key_value = layer.apply({"params": weights}, x, cos, sin)
         return x, key_value if keep_kv else None
 
     x, kept = run_layers(body, x, params["layers"], layer_loop=layer_loop, remat=remat)

@@ -27,7 +27,7 @@ from trimpi_jax.models.layers import (
     run_layers,
     unstack,
 )
-from trimpi_jax.ops.attention import row_by_row, segment_attention
+from trimpi_jax.ops.attention import segment_attention
 from trimpi_jax.ops.rotary import rotate, vision_angles
 from trimpi_jax.sharding import constrain
 
@@ -69,7 +69,6 @@ class VisionBlock(nn.Module):
         sin: jax.Array,
         segment: jax.Array,
         full: bool,
-        attention: str = "dense",
     ) -> jax.Array:
         c = self.config
         embed, mlp = ("vision_embed", c.width), ("vision_mlp", c.mlp_width)
@@ -88,9 +87,7 @@ class VisionBlock(nn.Module):
         b, w, p = segment.shape
         group = (b, w * p) if full else (b * w, p)  # one image row, or one window, per attention
         q, k, v = (a.reshape(*group, c.heads, c.head_width) for a in (q, k, v))
-        rowwise = full and attention == "rowwise"
-        attend = row_by_row(segment_attention) if rowwise else segment_attention
-        attended = attend(q, k, v, segment.reshape(group))
+        attended = segment_attention(q, k, v, segment.reshape(group))
         attended = attended.reshape(b, w, p, c.heads, c.head_width)
         x = constrain(x + map_("proj", [heads, head], [embed])(attended), "batch")
 
@@ -156,7 +153,6 @@ def encode_patches(
     *,
     dtype: jnp.dtype,
     layer_loop: str,
-    attention: str,
     remat: bool,
 ) -> jax.Array:
     """Visual tokens of every row.
@@ -169,7 +165,6 @@ def encode_patches(
       patch_segment: int32 [B, W, P], 0 = empty slot.
       dtype: of the activations.
       layer_loop, remat: see `layers.run_layers`.
-      attention: "dense", or "rowwise" for `attention.row_by_row` in full blocks.
 
     Returns:
       [B, M, D], M = W * P / merge_size^2, in slot order; slots of empty patches hold junk that no
@@ -183,7 +178,7 @@ def encode_patches(
 
     def body(full):
         return lambda x, layer: (
-            block.apply({"params": layer}, x, cos, sin, patch_segment, full, attention),
+            block.apply({"params": layer}, x, cos, sin, patch_segment, full),
             None,
         )
 

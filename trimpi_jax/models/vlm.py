@@ -88,7 +88,6 @@ def encode_images(
         patch_segment,
         dtype=jnp.dtype(dtype),
         layer_loop=config.layer_loop,
-        attention=config.attention,
         remat=remat,
     )
 
@@ -128,7 +127,6 @@ def hidden_states(
         x,
         positions,
         layer_loop=config.layer_loop,
-        attention=config.attention,
         remat=remat,
     )
     real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
@@ -204,7 +202,6 @@ def prefill(
         x,
         positions,
         layer_loop=config.layer_loop,
-        attention=config.attention,
         remat=False,
         keep_kv=True,
     )

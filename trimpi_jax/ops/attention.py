@@ -10,8 +10,6 @@ Next: trimpi_jax/ops/logprobs.py
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,20 +105,6 @@ def shared_prompt_attention(
     out = jnp.einsum("qgkjt,qtkh->qgkjh", weights[..., :t], prompt_v)
     out = out + jnp.einsum("qgkjs,qgskh->qgkjh", weights[..., t:], own_v)
     return out.reshape(prompts, completions, n, h)  # K J -> N
-
-
-def row_by_row(attention: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """The same attention, one row of the batch after the other, computed again in the backward.
-
-    The logits of one row stay in the cache of a CPU, where this is two to three times faster; an
-    accelerator has to see all rows at once.
-    """
-
-    @jax.checkpoint
-    def one(row):
-        return attention(*(a[None] for a in row))[0]
-
-    return lambda *arrays: jax.lax.map(one, arrays)
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array | np.ndarray) -> jax.Array:
