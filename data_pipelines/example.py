@@ -51,12 +51,12 @@ class Example:
 _FIELDS = {field.name for field in dataclasses.fields(Example)}
 
 
-def encode_example(example: Example) -> bytes:
+def encode_record(example: Example) -> bytes:
     """One Example as MessagePack bytes; equal Examples give equal bytes."""
     return msgpack.packb(dataclasses.asdict(example), use_bin_type=True)
 
 
-def decode_example(record: bytes) -> Example:
+def decode_record(record: bytes) -> Example:
     """The Example of one record.
 
     Raises:

@@ -22,7 +22,7 @@ from typing import Any
 
 from array_record.python import array_record_module
 
-from data_pipelines.example import Example, encode_example
+from data_pipelines.example import Example, encode_record
 
 MANIFEST_VERSION = 1
 MANIFEST = "manifest.json"
@@ -156,7 +156,7 @@ def _write_split(
                 files.append(folder / f"{split}-{len(files):05d}.array_record")
                 counts.append(0)
                 writer = array_record_module.ArrayRecordWriter(str(files[-1]), WRITER_OPTIONS)
-            writer.write(encode_example(example))
+            writer.write(encode_record(example))
             counts[-1] += 1
     finally:
         if writer is not None:

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import grain
 
-from data_pipelines.example import Example, decode_example
+from data_pipelines.example import Example, decode_record
 from data_pipelines.shards import split_files
 
 
 class _Decode(grain.transforms.Map):
     def map(self, element: bytes) -> Example:
-        return decode_example(element)
+        return decode_record(element)
 
 
 def make_stream(
@@ -58,7 +58,7 @@ def read_split(folder: str | Path, split: str, limit: int | None = None) -> Sequ
     """The first `limit` Examples of a split in file order (all of them when None)."""
     source = grain.sources.ArrayRecordDataSource(split_files(folder, split))
     count = len(source) if limit is None else min(limit, len(source))
-    return [decode_example(source[i]) for i in range(count)]
+    return [decode_record(source[i]) for i in range(count)]
 
 
 def encode_state(iterator: grain.DatasetIterator) -> dict:

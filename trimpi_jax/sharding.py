@@ -153,3 +153,19 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         spec.append(names if fits else PartitionSpec.UNCONSTRAINED)
     spec += [PartitionSpec.UNCONSTRAINED] * (x.ndim - len(spec))
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def place_batch(batch: Any, mesh: Mesh) -> Any:
+    """A tree of host arrays whose leaves lead with rows, laid over the mesh.
+
+    Raises:
+      ValueError: the rows do not divide over the devices of the batch axes.
+    """
+    degree = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if rows % degree:
+        raise ValueError(
+            f"{rows} rows are not divisible by the {degree} devices of mesh axes ('data', 'fsdp')."
+            f" Use a multiple of {degree}, or change --config.mesh."
+        )
+    return jax.device_put(batch, batch_sharding(mesh))

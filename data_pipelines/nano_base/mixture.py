@@ -108,9 +108,7 @@ def make_policy_question(
     )
 
 
-def _sample_description(
-    rng: np.random.Generator, objects: Sequence[SceneObject]
-) -> dict[str, str]:
+def _sample_description(rng: np.random.Generator, objects: Sequence[SceneObject]) -> dict[str, str]:
     """One to three attribute values: half of the time of an object that is there."""
     attributes = rng.permutation(list(ATTRIBUTES))[: rng.integers(1, 4)]
     thing = objects[rng.integers(len(objects))]

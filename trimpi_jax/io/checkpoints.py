@@ -29,9 +29,7 @@ def save_checkpoint(manager: ocp.CheckpointManager, step: int, state: Any, host:
     """Save `state` (a tree of arrays) and `host` (JSON-able) as checkpoint `step`."""
     if step in manager.all_steps():
         return
-    args = ocp.args.Composite(
-        state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host)
-    )
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host))
     manager.save(step, args=args)
 
 

@@ -39,7 +39,9 @@ SPECIAL_TOKENS = (  # Qwen2.5-VL's, in its order
     "<|image_pad|>",
     "<|video_pad|>",
 )
-DEFAULT_SYSTEM = "You are a helpful assistant."  # Qwen2.5-VL's template writes it when none is given
+DEFAULT_SYSTEM = (
+    "You are a helpful assistant."  # Qwen2.5-VL's template writes it when none is given
+)
 
 # Messages become <|im_start|>role\ncontent<|im_end|>\n; an image becomes one placeholder between
 # vision marks; a missing system message becomes DEFAULT_SYSTEM.
@@ -113,4 +115,5 @@ def write_preprocessor_config(
         "image_std": [0.26862954, 0.26130258, 0.27577711],
         "processor_class": "Qwen2_5_VLProcessor",
     }
+    Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / "preprocessor_config.json").write_text(json.dumps(settings, indent=1))

@@ -115,9 +115,7 @@ def run(
                 if (step + 1) % settings.log_every == 0 or step + 1 == settings.num_steps:
                     progress.line(settings.name, step + 1, settings.num_steps, line)
             evaluate(state, settings.num_steps)
-            save_checkpoint(
-                manager, settings.num_steps, state, {"source": source.save_place()}
-            )
+            save_checkpoint(manager, settings.num_steps, state, {"source": source.save_place()})
             manager.wait_until_finished()
     finally:
         manager.close()

@@ -125,9 +125,7 @@ def apply_gradients(
     gradient_tree = _as_tree(gradients)
     updates, opt_state = optimizer.update(gradient_tree, state.opt_state, _as_tree(trained))
     new_tree = optax.apply_updates(_as_tree(trained), updates)
-    new_state = TrainState(
-        state.step + 1, join_params(flatten_dict(new_tree), frozen), opt_state
-    )
+    new_state = TrainState(state.step + 1, join_params(flatten_dict(new_tree), frozen), opt_state)
     return new_state, optax.global_norm(gradient_tree)
 
 

@@ -1,0 +1,115 @@
+"""Internalize two ClevrPolicy-T policies of depth 2 into the nano model, on a laptop CPU.
+
+    python -m trimpi_jax.train --config configs/nano.py --workdir /some/folder
+    python -m trimpi_jax.train --config configs/nano.py:method=cot_sft --workdir /other/folder
+    python -m trimpi_jax.train --config configs/nano.py --config.rl.group_size=4
+
+A section exists only when its stage runs, so an override that would do nothing is an error.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.methods import METHODS, POLICY_ROLLOUT, parse_method
+
+
+def get_config(argument: str | None = None) -> ConfigDict:
+    method = parse_method(argument)
+    config = ConfigDict()
+    config.name = f"nano-{method}"
+    config.kind = "internalize"
+    config.method = method
+    config.stages = METHODS[method]
+    config.seed = 0
+    config.model_dir = "assets/nano"  # beside the package, or any Hugging Face folder
+    config.dtype = "float32"
+    config.remat = False
+    config.layer_loop = "unrolled"  # faster than "scan" for a tiny model
+    config.windows = 6  # vision windows a row: 168x112 px in windows of 56x56
+    config.prompt_buckets = (96, 256)  # tokens: policy-free, policy-aware
+    config.row_buckets = (192, 240, 304, 352)  # tokens of prompt + completion
+    config.max_new_tokens = 128
+    config.save_every = 25
+    config.log_every = 10
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+
+    config.data = ConfigDict(
+        {
+            "depth": 2,
+            "policies": 2,
+            "train_per_policy": 400,
+            "cot_per_policy": 80,
+            "test": 300,
+            "width": 168,
+            "height": 112,
+            "min_objects": 3,
+            "max_objects": 5,
+            "supersample": 2,
+            "seed": 0,
+            "clevr_dir": "",
+        }
+    )
+    config.eval = ConfigDict({"examples": 300, "rows": 100})
+
+    sections = {
+        "vm_cpt": make_vm_cpt,
+        "direct_sft": make_direct_sft,
+        "cot_sft": make_cot_sft,
+        "rl": lambda: make_rl(policy_rollout=method in POLICY_ROLLOUT),
+    }
+    for stage in config.stages:
+        config[stage] = sections[stage]()
+    return config
+
+
+def make_optimizer_section(learning_rate: float, warmup_steps: int) -> ConfigDict:
+    section = ConfigDict()
+    section.learning_rate = learning_rate
+    section.warmup_steps = warmup_steps
+    section.schedule = "constant"
+    section.weight_decay = 0.0
+    section.clip_norm = 1.0
+    section.micro_batches = 1
+    return section
+
+
+def make_vm_cpt() -> ConfigDict:
+    section = make_optimizer_section(1e-4, 5)  # paper: 1e-5 for 7B; a 2M model needs more
+    section.epochs = 5  # paper
+    section.batch = 16
+    section.trainable = "all"  # paper: no LoRA
+    return section
+
+
+def make_direct_sft() -> ConfigDict:
+    section = make_optimizer_section(1e-3, 5)  # paper: 1e-4 for 7B
+    section.epochs = 2  # paper
+    section.batch = 16
+    section.trainable = "lora"
+    section.lora_rank = 8  # paper
+    section.lora_alpha = 16
+    return section
+
+
+def make_cot_sft() -> ConfigDict:
+    section = make_direct_sft()
+    section.epochs = 5  # paper
+    return section
+
+
+def make_rl(*, policy_rollout: bool) -> ConfigDict:
+    section = make_optimizer_section(1e-4, 5)  # paper: 1e-6 for 7B
+    section.steps = 100  # paper: 104
+    section.prompts = 8
+    section.update_prompts = 8
+    section.group_size = 8  # G; a joint group has 2G rollouts, without PoRo all 2G are free
+    section.policy_rollout = policy_rollout
+    section.temperature = 1.0
+    section.top_p = 1.0
+    section.clip_low = 0.2  # paper
+    section.clip_high = 0.3  # paper
+    section.kl_beta = 0.01  # paper
+    section.accuracy_weight = 0.9
+    section.format_weight = 0.1
+    section.trainable = "all"  # paper: no LoRA
+    section.log_rollouts_every = 20
+    return section

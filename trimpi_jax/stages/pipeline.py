@@ -1,0 +1,407 @@
+"""The run: data, base model, the stages of the method in order, evaluation, table, report.
+
+    workdir/config.json     what this folder belongs to; another config is refused
+    workdir/data/           shards and manifest
+    workdir/0_base/ 1_vm_cpt/ 2_cot_sft/ 3_rl/
+        checkpoints/  metrics.jsonl  model/  evaluation.json
+    workdir/final/          the trained model, Hugging Face layout
+    workdir/report.html     everything on one page
+
+A stage is finished when its model/ and evaluation.json exist; a second start skips it.
+
+Source: paper section 4 (the three stages) and 5 (what is measured).
+Next: trimpi_jax/stages/vm_cpt.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from data_pipelines.clevr_policy.dataset import ClevrPolicySettings, make_splits, recipe
+from data_pipelines.shards import check_dataset, split_count, write_dataset
+from data_pipelines.streaming import encode_state, make_stream, read_split, restore_state
+from trimpi_jax.evaluators.efficiency import make_prefill, measure_prefill_ms
+from trimpi_jax.evaluators.questions import EvaluationSettings, Evaluator, summarize
+from trimpi_jax.grading.answers import RewardWeights
+from trimpi_jax.inputs.batching import choose_bucket, drop_too_long, make_batch
+from trimpi_jax.io.progress import Progress
+from trimpi_jax.io.report import result_table, write_report
+from trimpi_jax.models import vlm
+from trimpi_jax.models.config import VLMConfig
+from trimpi_jax.models.hf_weights import load_hf, save_hf
+from trimpi_jax.models.lora import add_lora, merge_lora
+from trimpi_jax.models.processor import Processor, copy_processor_files, load_processor
+from trimpi_jax.objectives.grpo import GRPOSettings
+from trimpi_jax.sharding import make_mesh, param_shardings, place_batch
+from trimpi_jax.stages import loop
+from trimpi_jax.stages.nano_base import run_nano_base
+from trimpi_jax.stages.rl import RLSettings, RLStep
+from trimpi_jax.stages.sft import SPLITS, encode_sft_row
+from trimpi_jax.stages.supervised import StepSettings, make_supervised_step
+from trimpi_jax.stages.train_state import (
+    OptimizerSettings,
+    TrainState,
+    init_train_state,
+    make_optimizer,
+)
+from trimpi_jax.stages.vm_cpt import SPLIT as VM_CPT_SPLIT
+from trimpi_jax.stages.vm_cpt import encode_vm_cpt_row
+
+FIXED_QUESTIONS = 8  # shown in the report after every stage
+
+
+@dataclasses.dataclass
+class Run:
+    """What the parts of a run share; made once, never changed."""
+
+    config: ConfigDict
+    workdir: Path
+    progress: Progress
+    processor: Processor
+    model: VLMConfig
+    mesh: jax.sharding.Mesh
+    evaluator: Evaluator | None = None
+
+
+def run(config: ConfigDict, workdir: Path, progress: Progress | None = None) -> None:
+    """Run or continue what the config says in `workdir`.
+
+    Raises:
+        ValueError, OSError: bad config, data, model or folder, before anything is changed.
+        loop.Stopped, loop.NonFiniteLoss: see `loop.run`.
+    """
+    progress = progress or Progress()
+    workdir = workdir.expanduser().resolve()
+    started = time.time()
+    claim_workdir(config, workdir)
+    if config.get("kind") == "nano_base":
+        run_nano_base(config, workdir, progress)
+        return
+    prepare_data(config, workdir / "data", progress)
+    model, params = load_hf(model_folder(config))
+    model = dataclasses.replace(model, layer_loop=config.layer_loop)
+    processor = load_processor(model_folder(config), model)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    this = Run(config, workdir, progress, processor, model, mesh)
+    with jax.set_mesh(mesh):
+        this.evaluator = make_evaluator(this)
+        params = place_params(this, params)
+        evaluate_stage(this, params, "0_base")
+        for number, stage in enumerate(config.stages, start=1):
+            folder = workdir / f"{number}_{stage}"
+            if (folder / "model" / "config.json").is_file():
+                progress.say(f"{stage}: finished before, skipped")
+                params = place_params(this, load_hf(folder / "model")[1])
+            else:
+                params = run_stage(this, params, stage, folder)
+                export(this, params, folder / "model")
+                shutil.rmtree(folder / "checkpoints")
+            evaluate_stage(this, params, folder.name)
+    if not (workdir / "final" / "config.json").is_file():
+        export(this, params, workdir / "final")
+    progress.table(result_table(workdir))
+    write_report(workdir, workdir / "report.html")
+    minutes = (time.time() - started) / 60
+    progress.say(
+        f"{minutes:.1f} minutes in this start. Report: {workdir / 'report.html'}"
+        f"  Model: {workdir / 'final'}"
+    )
+
+
+def claim_workdir(config: ConfigDict, workdir: Path) -> None:
+    """Make the folder this config's, or check that it is.
+
+    Raises:
+        ValueError: it belongs to another config (every difference is listed), or it holds
+            something that is no run.
+        OSError: it cannot be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"workdir {workdir} is not writable ({error}); choose another") from error
+    path = workdir / "config.json"
+    current = json.loads(config.to_json())
+    if path.is_file():
+        saved = json.loads(path.read_text())
+        differences = list_differences(saved, current)
+        if differences:
+            raise ValueError(
+                f"workdir {workdir} belongs to another config; choose another folder or delete it."
+                f" Differences (saved -> now):\n  " + "\n  ".join(differences)
+            )
+        return
+    if any(workdir.iterdir()):
+        raise ValueError(f"workdir {workdir} is not empty and has no config.json: not a run")
+    scratch = workdir / "config.json.part"
+    scratch.write_text(json.dumps(current, indent=1, sort_keys=True))
+    os.replace(scratch, path)
+
+
+def list_differences(saved: Any, current: Any, path: str = "config") -> list[str]:
+    """`path: old -> new` for every leaf that differs."""
+    if isinstance(saved, dict) and isinstance(current, dict):
+        return [
+            line
+            for key in sorted(saved.keys() | current.keys())
+            for line in list_differences(
+                saved.get(key, "(absent)"), current.get(key, "(absent)"), f"{path}.{key}"
+            )
+        ]
+    return [] if saved == current else [f"{path}: {saved!r} -> {current!r}"]
+
+
+def prepare_data(config: ConfigDict, folder: Path, progress: Progress) -> None:
+    """Build the dataset, or check and reuse it.
+
+    Raises:
+        ValueError: broken shards, or shards of another recipe.
+    """
+    settings = ClevrPolicySettings(**config.data.to_dict())
+    wanted = json.loads(json.dumps(recipe(settings)))
+    if folder.exists() and any(folder.iterdir()):
+        found = check_dataset(folder)["recipe"]
+        if found != wanted:
+            lines = list_differences(found, wanted, "recipe")
+            raise ValueError(f"{folder} was built otherwise:\n  " + "\n  ".join(lines))
+        progress.say(f"data: {folder} is whole, reused")
+        return
+    total = settings.policies * settings.train_per_policy + settings.test
+    with progress.task("data", total) as bar:
+        splits = make_splits(settings, lambda done, _: bar(done, {}))
+        manifest = write_dataset(folder, splits, wanted)
+    counts = {name: split["count"] for name, split in manifest["splits"].items()}
+    progress.say(f"data: {counts} examples in {folder}")
+
+
+def model_folder(config: ConfigDict) -> Path:
+    """The base model's folder; a relative path is looked up beside the package, then as given."""
+    folder = Path(config.model_dir)
+    packaged = Path(__file__).parent.parent / folder
+    return packaged if not folder.is_absolute() and packaged.is_dir() else folder
+
+
+def place_params(this: Run, params: Any) -> Any:
+    """Weights laid over the mesh by their logical axes."""
+    shardings = param_shardings(vlm.logical_axes(this.model), this.mesh, params)
+    return jax.device_put(params, shardings)
+
+
+def export(this: Run, params: Any, folder: Path) -> None:
+    """A Hugging Face folder, complete or absent (written aside, then renamed)."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    save_hf(part, this.model, jax.device_get(params))
+    copy_processor_files(model_folder(this.config), part)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+
+
+def run_stage(this: Run, params: Any, stage: str, folder: Path) -> Any:
+    """Train one stage from `params`; returns plain parameters (LoRA merged)."""
+    if stage == "rl":
+        return run_rl(this, params, folder)
+    return run_supervised(this, params, stage, folder)
+
+
+def run_supervised(this: Run, params: Any, stage: str, folder: Path) -> Any:
+    """VM-CPT, Direct SFT or CoT SFT."""
+    settings = this.config[stage]
+    split = VM_CPT_SPLIT if stage == "vm_cpt" else SPLITS[stage]
+    data = this.workdir / "data"
+    steps = max(1, round(settings.epochs * split_count(data, split) / settings.batch))
+    model = this.model
+    trainable = settings.trainable
+    if trainable == "lora":
+        scale = settings.lora_alpha / settings.lora_rank
+        model = dataclasses.replace(model, text=dataclasses.replace(model.text, lora_scale=scale))
+        key = jax.random.fold_in(jax.random.key(this.config.seed), len(folder.name))
+        params = add_lora(params, model, key, settings.lora_rank)
+    optimizer = make_optimizer(optimizer_settings(settings, steps))
+    state = init_train_state(params, optimizer, trainable)
+    step = make_supervised_step(
+        model,
+        optimizer,
+        StepSettings(trainable, this.config.dtype, settings.micro_batches, this.config.remat),
+    )
+    buckets = tuple(this.config.row_buckets)
+
+    def encode(example):
+        if stage == "vm_cpt":
+            return encode_vm_cpt_row(example, this.processor)
+        return encode_sft_row(example, this.processor, stage=stage)
+
+    def take_step(state: TrainState, number: int, examples):
+        fitted = drop_too_long(
+            [encode(example) for example in examples], max(buckets), this.config.windows
+        )
+        if not fitted.rows:
+            raise ValueError(
+                f"{stage} step {number}: no row fits {max(buckets)} tokens (longest"
+                f" {fitted.longest}); add a larger bucket to --config.row_buckets"
+            )
+        longest = max(len(row.tokens) for row in fitted.rows)
+        batch = make_batch(
+            fitted.rows,
+            num_rows=settings.batch,
+            num_tokens=choose_bucket(longest, buckets),
+            num_windows=this.config.windows,
+        )
+        state, metrics = step(state, place_batch(batch, this.mesh))
+        return state, metrics | {"inputs/dropped_too_long": fitted.too_long}
+
+    source = open_source(this, split, settings.batch, stage)
+    state = loop.run(
+        loop_settings(this, stage, folder, steps), state, source, take_step, this.progress
+    )
+    return merge_lora(state.params, scale) if trainable == "lora" else state.params
+
+
+def run_rl(this: Run, params: Any, folder: Path) -> Any:
+    """GRPO with or without PolicyRollout."""
+    settings = this.config.rl
+    updates = settings.prompts // settings.update_prompts
+    optimizer = make_optimizer(optimizer_settings(settings, settings.steps * updates))
+    # the state is donated step by step; the reference needs arrays of its own
+    reference = jax.tree.map(lambda leaf: leaf.copy(), params)
+    step = RLStep(
+        this.model,
+        this.processor,
+        reference,
+        optimizer,
+        RLSettings(
+            group_size=settings.group_size,
+            prompts=settings.prompts,
+            update_prompts=settings.update_prompts,
+            policy_rollout=settings.policy_rollout,
+            max_new_tokens=this.config.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            prompt_buckets=tuple(this.config.prompt_buckets),
+            row_buckets=tuple(this.config.row_buckets),
+            windows=this.config.windows,
+            seed=this.config.seed,
+        ),
+        GRPOSettings(settings.clip_low, settings.clip_high, settings.kl_beta),
+        RewardWeights(settings.accuracy_weight, settings.format_weight),
+        StepSettings(
+            settings.trainable, this.config.dtype, settings.micro_batches, this.config.remat
+        ),
+        this.mesh,
+    )
+
+    def take_step(state, number, examples):
+        state, metrics = step(state, number, examples)
+        if number % settings.log_rollouts_every == 0:
+            log_rollouts(folder / "rollouts.jsonl", number, step.last_rollouts)
+        return state, metrics
+
+    source = open_source(this, "train", settings.prompts, "rl")
+    state = init_train_state(params, optimizer, settings.trainable)
+    return loop.run(
+        loop_settings(this, "rl", folder, settings.steps), state, source, take_step, this.progress
+    ).params
+
+
+def optimizer_settings(settings: ConfigDict, steps: int) -> OptimizerSettings:
+    """The optimizer part of a stage's config."""
+    return OptimizerSettings(
+        learning_rate=settings.learning_rate,
+        steps=steps,
+        warmup_steps=settings.warmup_steps,
+        schedule=settings.schedule,
+        weight_decay=settings.weight_decay,
+        clip_norm=settings.clip_norm,
+    )
+
+
+def loop_settings(this: Run, stage: str, folder: Path, steps: int) -> loop.LoopSettings:
+    """The loop part of a stage's config."""
+    return loop.LoopSettings(
+        name=stage,
+        folder=folder,
+        num_steps=steps,
+        save_every=this.config.save_every,
+        log_every=this.config.log_every,
+    )
+
+
+def open_source(this: Run, split: str, batch: int, stage: str) -> loop.Source:
+    """The Grain stream of a stage; its seed is the run's and the stage's."""
+    seed = this.config.seed * 1000 + sum(stage.encode())
+    stream = make_stream(this.workdir / "data", split, batch_examples=batch, seed=seed)
+    return loop.Source(
+        fetch=lambda step: next(stream),
+        save_place=lambda: encode_state(stream),
+        restore_place=lambda saved: restore_state(stream, saved),
+    )
+
+
+def make_evaluator(this: Run) -> Evaluator:
+    """The evaluator that every stage uses."""
+    return Evaluator(
+        this.model,
+        this.processor,
+        EvaluationSettings(
+            rows=this.config.eval.rows,
+            max_new_tokens=this.config.max_new_tokens,
+            prompt_buckets=tuple(this.config.prompt_buckets),
+            windows=this.config.windows,
+            dtype=this.config.dtype,
+            needs_think="direct_sft" not in this.config.stages,
+        ),
+        this.mesh,
+    )
+
+
+def evaluate_stage(this: Run, params: Any, name: str) -> None:
+    """Unseen images without the policy and with it; skipped when already on disk."""
+    path = this.workdir / name / "evaluation.json"
+    if path.is_file():
+        return
+    examples = read_split(this.workdir / "data", "test", this.config.eval.examples)
+    prefill = make_prefill(this.model, this.config.dtype)
+    result: dict[str, Any] = {"stage": name}
+    assert this.evaluator is not None
+    with this.progress.task(f"evaluate {name}", 2 * len(examples)) as bar:
+        for offset, (view, aware) in enumerate((("policy_free", False), ("policy_aware", True))):
+            records = this.evaluator.ask(
+                params,
+                examples,
+                policy_in_prompt=aware,
+                on_progress=lambda done, at=offset: bar(at * len(examples) + done, {}),
+            )
+            result[view] = summarize(records) | {
+                "prefill_ms": measure_prefill_ms(
+                    prefill, params, examples[0], this.processor, policy_in_prompt=aware
+                )
+            }
+            result[f"{view}_records"] = records
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1))
+    os.replace(part, path)
+    free, aware = result["policy_free"], result["policy_aware"]
+    this.progress.say(
+        f"{name}: without policy {free['correct']}/{free['count']},"
+        f" policy in context {aware['correct']}/{aware['count']}"
+    )
+
+
+def log_rollouts(path: Path, number: int, records: list[dict[str, Any]]) -> None:
+    """Append the texts of one step, for a look at what is rewarded."""
+    with path.open("a") as file:
+        for record in records:
+            file.write(json.dumps({"step": number} | record) + "\n")

@@ -1,0 +1,38 @@
+"""The door of training: `python -m trimpi_jax.train --config configs/nano.py --workdir DIR`.
+
+Next: trimpi_jax/stages/pipeline.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", "configs/nano.py", "recipe, e.g. configs/nano.py:method=trimpi_poro_grpo"
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; runs/<config name> by default")
+
+
+def main(argv: list[str]) -> None:
+    """Parse, call, and turn expected errors into one readable message."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments {argv[1:]}; did you mean --config.KEY=VALUE?")
+    from trimpi_jax.stages.pipeline import run  # heavy imports only after the flags are right
+
+    config = _CONFIG.value
+    workdir = Path(_WORKDIR.value or Path("runs") / config.name)
+    try:
+        run(config, workdir)
+    except (ValueError, OSError, RuntimeError) as error:
+        if type(error).__name__ == "XlaRuntimeError":
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    app.run(main)
