@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 
+from trimpi_jax.models import vlm
 from trimpi_jax.models.config import TextConfig, VisionConfig, VLMConfig
 from trimpi_jax.models.packing import mrope_positions, pack_images
 from trimpi_jax.types import Batch
@@ -113,3 +115,14 @@ def tiny_config(*, tied: bool = True, depth: int = 2, layer_loop: str = "scan") 
         pad_token_id=0,
         layer_loop=layer_loop,
     )
+
+
+def random_params(config: VLMConfig, seed: int = 0, spread: float = 0.08):
+    """Wide random weights with nonzero biases and uneven norm scales, numpy float32."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        centre = 1.0 if path[-1].key == "scale" else 0.0
+        return (centre + spread * rng.standard_normal(leaf.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, vlm.param_shapes(config))
