@@ -16,13 +16,15 @@ from trimpi_jax.models.vision import PIXEL_MEAN, PIXEL_STD
 torch.set_num_threads(2)
 
 
-def tiny_model(*, tied: bool, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
+def tiny_model(
+    *, tied: bool, seed: int = 0, vision_width: int = 64, text_width: int = 64
+) -> Qwen2_5_VLForConditionalGeneration:
     """Two ViT blocks (window, full), two layers, four heads on two key/value heads."""
     torch.manual_seed(seed)
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": VOCAB,
-            "hidden_size": 64,
+            "hidden_size": text_width,
             "intermediate_size": 96,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
@@ -32,7 +34,7 @@ def tiny_model(*, tied: bool, seed: int = 0) -> Qwen2_5_VLForConditionalGenerati
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 1e6,
-                "mrope_section": [2, 3, 3],
+                "mrope_section": {64: [2, 3, 3], 32: [1, 1, 2]}[text_width],
             },
             "tie_word_embeddings": tied,
             "bos_token_id": 1,
@@ -41,10 +43,10 @@ def tiny_model(*, tied: bool, seed: int = 0) -> Qwen2_5_VLForConditionalGenerati
         },
         vision_config={
             "depth": 2,
-            "hidden_size": 64,
+            "hidden_size": vision_width,
             "intermediate_size": 100,
             "num_heads": 4,
-            "out_hidden_size": 64,
+            "out_hidden_size": text_width,
             "window_size": 112,
             "fullatt_block_indexes": [1],
             "tokens_per_second": 2,
