@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.scenes.max_objects = 5
 
     config.model = model = ConfigDict()
-    model.vocab_size = 640
+    model.vocab_size = 704
     model.tokenizer_documents = 3000
     model.width = 128
     model.depth = 4
@@ -44,10 +44,10 @@ def get_config() -> ConfigDict:
     model.max_pixels = 168 * 112
 
     config.train = train = ConfigDict()
-    train.steps = 3200
+    train.steps = 3000
     train.rows = 64  # captions and existence questions
     train.policy_rows = 32
-    train.token_buckets = (96, 128, 224, 304, 352)
+    train.token_buckets = (84, 112, 224, 328)
     train.windows = 6
     train.learning_rate = 2e-3
     train.warmup_steps = 100
@@ -59,9 +59,9 @@ def get_config() -> ConfigDict:
     train.phases = tuple(
         ConfigDict({"until": until, "shares": shares, "depths": depths, "max_objects": 10})
         for until, shares, depths in (
-            (0.3, (0.65, 0.05, 0.3), (1,)),
-            (0.6, (0.5, 0.05, 0.45), (1, 2)),
-            (1.0, (0.35, 0.05, 0.6), (2,)),
+            (0.35, (0.7, 0.0, 0.3), (1,)),
+            (0.65, (0.45, 0.05, 0.5), (1, 2)),
+            (1.0, (0.3, 0.05, 0.65), (2,)),
         )
     )
     return config

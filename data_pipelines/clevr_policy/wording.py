@@ -5,13 +5,15 @@ r"""From a tree and a scene to words: policy text, query, chain of thought, answ
              - True: go to Condition 1.1
              - False: respond with Case 2
     query    According to the policy L2-Karitu, what should be the response for the given image? ...
-    cot      I see: small red metal cube, large blue rubber sphere.
-             Condition 1: any color red? True: small red metal cube. Go to Condition 1.1
-             Condition 1.1: any shape cube? True: small red metal cube. Respond with Case 3
+    cot      I see: red small metal cube, blue large rubber sphere.
+             Condition 1: any color red? True: red small metal cube. Go to Condition 1.1
+             Condition 1.1: any shape cube? True: red small metal cube. Respond with Case 3
     answer   Case 3
 
-The chain of thought names the objects from left to right first, so that seeing and reasoning can be
-told apart when an answer is wrong; then it visits each Condition of the path in order, says what is
+The chain of thought names the objects first, so that seeing and reasoning can be told apart when an
+answer is wrong. It names them by colour, not by place: what a model attends to in an image is
+content, and Qwen2.5-VL's positions are relative, so "the next colour" is far easier to learn for a
+small model than "the next one to the right". Then it visits each Condition of the path in order, says what is
 seen, narrows the focus on a yes and names the next Condition.
 
 Source: paper section 2 (style; wording ours).
@@ -22,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from data_pipelines.clevr.scene import SceneObject
+from data_pipelines.clevr.scene import ATTRIBUTES, SceneObject
 from data_pipelines.clevr_policy.tree import (
     Case,
     Condition,
@@ -59,20 +61,24 @@ def query(policy_name: str) -> str:
 
 
 def describe_object(thing: SceneObject) -> str:
-    """`small red metal cube`."""
-    return f"{thing.size} {thing.color} {thing.material} {thing.shape}"
+    """`red small metal cube`."""
+    return f"{thing.color} {thing.size} {thing.material} {thing.shape}"
 
 
 def describe_objects(objects: Sequence[SceneObject]) -> str:
-    """Objects from left to right (by column; nearer first on a tie), separated by commas."""
-    return ", ".join(describe_object(thing) for thing in left_to_right(objects))
+    """All objects in naming order, separated by commas."""
+    return ", ".join(describe_object(thing) for thing in in_naming_order(objects))
 
 
-def left_to_right(objects: Sequence[SceneObject]) -> list[SceneObject]:
-    """Objects by image column. Raises ValueError for objects without pixel coordinates."""
-    if any(thing.pixel_coords is None for thing in objects):
-        raise ValueError("objects have no pixel_coords; project the scene first")
-    return sorted(objects, key=lambda thing: (thing.pixel_coords[0], thing.pixel_coords[2]))  # type: ignore[index]
+def in_naming_order(objects: Sequence[SceneObject]) -> list[SceneObject]:
+    """Objects by colour, then size, material and shape, each in the order of `ATTRIBUTES`."""
+    return sorted(
+        objects,
+        key=lambda thing: tuple(
+            ATTRIBUTES[name].index(getattr(thing, name))
+            for name in ("color", "size", "material", "shape")
+        ),
+    )
 
 
 def chain_of_thought(tree: PolicyTree, objects: Sequence[SceneObject]) -> str:

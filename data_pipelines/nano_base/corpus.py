@@ -19,15 +19,21 @@ from data_pipelines.nano_base.mixture import (
     make_policy_question,
 )
 
+DEFAULT_SYSTEM = "You are a helpful assistant."  # what Qwen2.5-VL's chat template adds
+
 
 def iter_corpus(seed: int, count: int) -> Iterator[str]:
-    """`count` documents of policies, queries and completions, without images."""
+    """`count` documents of policies, queries and completions, without images.
+
+    The words that the chat template adds to every prompt are in every document, too.
+    """
     scenes = sample_scenes(seed, 0, 256, min_objects=3, max_objects=8, width=168, height=112)
     for i in range(count):
         rng = np.random.default_rng([seed, i])
         objects = [dataclasses.asdict(thing) for thing in scenes[i % len(scenes)].objects]
         scene = Example(str(i), (), "", "", meta={"objects": objects})
         policy = make_policy_question(rng, scene, (1, 2, 3, 4))
+        yield f"{DEFAULT_SYSTEM}\nsystem\nuser\nassistant\n"
         yield "\n".join((policy.policy_text, policy.query, completion(policy.cot, policy.answer)))
         for example in (make_caption(rng, scene), make_existence(rng, scene)):
             yield f"{example.query}\n{example.answer}"

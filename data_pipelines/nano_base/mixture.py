@@ -1,6 +1,6 @@
 """The tasks that teach the nano base to see and to read policies.
 
-    caption    "I see: small red metal cube, large blue rubber sphere."      dense perception
+    caption    "I see: red small metal cube, blue large rubber sphere."       dense perception
     existence  four yes/no questions of one to three attributes at once      perception, logic
     policy     a fresh random policy in the prompt, its question and chain of thought
 
@@ -29,7 +29,7 @@ TASKS = ("caption", "existence", "policy")
 CAPTION_QUERIES = (
     "Describe the objects in the image.",
     "What do you see?",
-    "List the objects from left to right.",
+    "List the objects.",
 )
 EXISTENCE_QUESTIONS = 4
 
@@ -57,7 +57,7 @@ def phase_of_step(step: int, num_steps: int, phases: Sequence[Phase]) -> Phase:
 
 
 def make_caption(rng: np.random.Generator, scene: Example) -> Example:
-    """What is in the image, from left to right."""
+    """What is in the image, in naming order."""
     return dataclasses.replace(
         scene,
         query=str(rng.choice(CAPTION_QUERIES)),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,16 @@ import numpy as np
 
 
 def append_metrics(path: Path, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Add one line to a JSONL file; returns what was written (arrays become floats)."""
+    """Add one line to a JSONL file; returns what was written (arrays become floats).
+
+    A last line that a kill cut short is closed first, so it cannot swallow the new one.
+    """
     line = {"step": step} | {name: _plain(value) for name, value in metrics.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    with path.open("a+b") as file:
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            file.write(b"\n")
+        file.write(json.dumps(line).encode() + b"\n")
     return line
 
 

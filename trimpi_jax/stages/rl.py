@@ -263,10 +263,13 @@ def make_update(
         def grouped(leaf):  # [Q * R, ...] -> [Q, R, ...]
             return leaf.reshape(num_prompts, rollouts, *leaf.shape[1:])
 
+        def ungrouped(leaf):  # [q, R, ...] -> [q * R, ...]
+            return leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
+
         def loss_of(trained: Flat, micro):
             groups, pictures, micro_rewards, micro_behavior, micro_reference = micro
             params = join_params(trained, frozen)
-            flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), groups)
+            flat = jax.tree.map(ungrouped, groups)
             visual = _repeated_visual(params, config, flat, pictures, step)
             logprobs, entropy = row_logprobs(params, config, flat, visual, step)
             mask = groups.loss_mask[:, :, 1:]
