@@ -49,29 +49,31 @@ class Example:
 
 
 _FIELDS = {field.name for field in dataclasses.fields(Example)}
+_IMAGE_FIELDS = ("images", "policy_images")
 
 
 def encode_record(example: Example) -> bytes:
-    """One Example as MessagePack bytes; equal Examples give equal bytes."""
-    return msgpack.packb(dataclasses.asdict(example), use_bin_type=True)
+    """One Example as MessagePack bytes; equal Examples give equal bytes (maps in key order)."""
+    return msgpack.packb(_in_key_order(dataclasses.asdict(example)), use_bin_type=True)
 
 
 def decode_record(record: bytes) -> Example:
     """The Example of one record.
 
     Raises:
-        ValueError: not MessagePack, or fields are missing or unknown.
+        ValueError: not MessagePack, or fields are missing, unknown or of another type.
     """
     try:
         fields = msgpack.unpackb(record, raw=False)
     except Exception as error:  # msgpack raises several unrelated types for broken bytes
         raise ValueError(f"not an Example record ({error}); rebuild the shard") from error
     if not isinstance(fields, dict) or set(fields) != _FIELDS:
-        found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
+        found = sorted(map(str, fields)) if isinstance(fields, dict) else type(fields).__name__
         raise ValueError(f"an Example record has the fields {sorted(_FIELDS)}, found {found}")
-    fields["images"] = tuple(fields["images"])
-    fields["policy_images"] = tuple(fields["policy_images"])
-    return Example(**fields)
+    wrong = [name for name, value in fields.items() if not _has_type(name, value)]
+    if wrong:
+        raise ValueError(f"an Example record has other types in {wrong}; rebuild the shard")
+    return Example(**(fields | {name: tuple(fields[name]) for name in _IMAGE_FIELDS}))
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
@@ -83,6 +85,8 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 def decode_image(encoded: bytes, where: str = "image") -> np.ndarray:
     """Encoded bytes as uint8 RGB [Y, X, 3]; transparency is dropped on white.
+
+    16-bit grey keeps its high byte; of an animation the first frame is taken.
 
     Args:
         encoded: a PNG, JPEG, ... file's bytes.
@@ -102,6 +106,8 @@ def decode_image(encoded: bytes, where: str = "image") -> np.ndarray:
                 rgba = image.convert("RGBA")
                 white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
                 image = Image.alpha_composite(white, rgba)
+            if image.mode.startswith("I;16"):  # convert("RGB") would clip all above 255 to white
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return np.asarray(image.convert("RGB"))
     except ValueError:
         raise
@@ -109,3 +115,15 @@ def decode_image(encoded: bytes, where: str = "image") -> np.ndarray:
         raise ValueError(
             f"{where}: {len(encoded)} bytes that are no readable image ({error})"
         ) from error
+
+
+def _has_type(name: str, value: Any) -> bool:
+    if name in _IMAGE_FIELDS:
+        return isinstance(value, list) and all(isinstance(item, bytes) for item in value)
+    return isinstance(value, dict if name == "meta" else str)
+
+
+def _in_key_order(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _in_key_order(value[key]) for key in sorted(value)}
+    return [_in_key_order(item) for item in value] if isinstance(value, list | tuple) else value

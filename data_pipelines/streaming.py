@@ -17,7 +17,7 @@ from pathlib import Path
 import grain
 
 from data_pipelines.example import Example, decode_record
-from data_pipelines.shards import split_files
+from data_pipelines.shards import split_count, split_files
 
 
 class _Decode(grain.transforms.Map):
@@ -42,12 +42,14 @@ def make_stream(
     Raises:
         ValueError: a missing split, or fewer Examples than one batch of all hosts.
     """
-    source = grain.sources.ArrayRecordDataSource(split_files(folder, split))
-    if len(source) < batch_examples * process_count:
+    files = split_files(folder, split)
+    count = split_count(folder, split)
+    if count < batch_examples * process_count:
         raise ValueError(
-            f"{folder} split '{split}' has {len(source)} examples, fewer than one batch of"
+            f"{folder} split '{split}' has {count} examples, fewer than one batch of"
             f" {batch_examples} on {process_count} hosts; lower the batch size or build more"
         )
+    source = grain.sources.ArrayRecordDataSource(files)
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     dataset = dataset[process_index::process_count].map(_Decode())
     dataset = dataset.batch(batch_examples, batch_fn=list)
@@ -56,7 +58,10 @@ def make_stream(
 
 def read_split(folder: str | Path, split: str, limit: int | None = None) -> Sequence[Example]:
     """The first `limit` Examples of a split in file order (all of them when None)."""
-    source = grain.sources.ArrayRecordDataSource(split_files(folder, split))
+    files = split_files(folder, split)
+    if not files:
+        return []
+    source = grain.sources.ArrayRecordDataSource(files)
     count = len(source) if limit is None else min(limit, len(source))
     return [decode_record(source[i]) for i in range(count)]
 

@@ -15,6 +15,7 @@ Next: data_pipelines/shards.py
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,8 +151,11 @@ def make_example(tree: PolicyTree, scene: Scene, png: bytes, *, with_cot: bool) 
     )
 
 
-def clevr_folder_scenes(folder: str | Path) -> list[Scene]:
+@functools.lru_cache(maxsize=1)  # read once, sliced many times
+def clevr_folder_scenes(folder: str | Path) -> tuple[Scene, ...]:
     """All scenes of a CLEVR folder (every `scenes/*.json`) that have an image.
+
+    Images are found by name anywhere under `images/`: CLEVR_v1.0 has a folder per split there.
 
     Raises:
         ValueError: no scene file, or no scene with an image.
@@ -159,15 +163,17 @@ def clevr_folder_scenes(folder: str | Path) -> list[Scene]:
     files = sorted(Path(folder).glob("**/scenes/*.json"))
     if not files:
         raise ValueError(f"{folder} has no scenes/*.json; expected CLEVR_v1.0's layout")
-    scenes = [
-        scene
-        for file in files
-        for scene in load_clevr_scenes(file, file.parent.parent / "images")
-        if scene.image_path and Path(scene.image_path).is_file()
-    ]
+    scenes = []
+    for file in files:
+        folder_of_images = file.parent.parent / "images"
+        images = {path.name: str(path) for path in sorted(folder_of_images.rglob("*.*"))}
+        for scene in load_clevr_scenes(file, folder_of_images):
+            found = images.get(Path(scene.image_path or "").name)
+            if found:
+                scenes.append(dataclasses.replace(scene, image_path=found))
     if not scenes:
         raise ValueError(f"{folder} has scene files but none of their images")
-    return scenes
+    return tuple(scenes)
 
 
 def _scenes(settings: ClevrPolicySettings, purpose: str, start: int, count: int) -> list[Scene]:

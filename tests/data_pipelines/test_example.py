@@ -1,0 +1,186 @@
+"""Records round-trip; images of every mode become RGB, broken ones become one clear error."""
+
+import io
+import struct
+import zlib
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_pipelines.example import (
+    MAX_IMAGE_PIXELS,
+    Example,
+    decode_image,
+    decode_record,
+    encode_png,
+    encode_record,
+)
+
+JSON_LIKE = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=8,
+)
+EXAMPLES = st.builds(
+    Example,
+    example_id=st.text(),
+    images=st.lists(st.binary(), max_size=3).map(tuple),
+    query=st.text(),
+    answer=st.text(),
+    cot=st.text(),
+    policy_name=st.text(),
+    policy_text=st.text(),
+    policy_images=st.lists(st.binary(), max_size=2).map(tuple),
+    meta=st.dictionaries(st.text(max_size=4), JSON_LIKE, max_size=3),
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(EXAMPLES)
+def test_a_record_brings_back_its_example(example):
+    assert decode_record(encode_record(example)) == example
+
+
+def test_equal_examples_give_equal_bytes_whatever_the_order_of_their_maps():
+    one = Example("a", (b"x",), "q", "y", meta={"depth": 2, "tree": {"case": 1, "at": [0]}})
+    two = Example("a", (b"x",), "q", "y", meta={"tree": {"at": [0], "case": 1}, "depth": 2})
+    assert encode_record(one) == encode_record(two)
+    assert encode_record(one) != encode_record(Example("b", (b"x",), "q", "y", meta=one.meta))
+
+
+def _fields(**changes):
+    fields = msgpack.unpackb(encode_record(Example("a", (b"x",), "q", "y")))
+    return msgpack.packb({**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (b"", "not an Example record"),
+        (b"\xc1 no such type", "not an Example record"),
+        (encode_record(Example("a", (b"x",), "q", "y"))[:-3], "not an Example record"),
+        (msgpack.packb([1, 2]), "found list"),
+        (msgpack.packb({"example_id": "a"}), "found .'example_id'."),
+        (_fields(extra=1), "'extra'"),
+        (_fields(images=3), r"other types in \['images'\]"),
+        (_fields(images=["text"]), r"other types in \['images'\]"),
+        (_fields(example_id=7, meta=[]), r"other types in \['example_id', 'meta'\]"),
+        (_fields(**{"query": b"bytes"}), r"other types in \['query'\]"),
+    ],
+)
+def test_a_bad_record_is_a_value_error_that_says_why(record, message):
+    with pytest.raises(ValueError, match=message):
+        decode_record(record)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=64))
+def test_random_bytes_are_never_an_example(record):
+    with pytest.raises(ValueError, match="Example record"):
+        decode_record(record)
+
+
+def _saved(image: Image.Image, form: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=form, **options)
+    return buffer.getvalue()
+
+
+def test_png_round_trip_is_exact():
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    assert np.array_equal(decode_image(encode_png(pixels)), pixels)
+
+
+def test_transparency_is_laid_on_white():
+    rgba = np.array([[[255, 0, 0, 255], [255, 0, 0, 0], [0, 0, 0, 51]]], np.uint8)
+    # alpha 51/255 = 0.2: black over white gives 0.8 * 255 = 204
+    expected = [[[255, 0, 0], [255, 255, 255], [204, 204, 204]]]
+    assert decode_image(_saved(Image.fromarray(rgba))).tolist() == expected
+    grey_alpha = np.array([[[10, 255], [10, 0]]], np.uint8)
+    expected = [[[10, 10, 10], [255, 255, 255]]]
+    assert decode_image(_saved(Image.fromarray(grey_alpha, "LA"))).tolist() == expected
+
+
+def test_palette_images_become_their_colours():
+    image = Image.new("P", (3, 1))
+    image.putpalette([0, 0, 0, 200, 100, 50, 1, 2, 3])
+    image.putdata([1, 2, 0])
+    assert decode_image(_saved(image)).tolist() == [[[200, 100, 50], [1, 2, 3], [0, 0, 0]]]
+    transparent = decode_image(_saved(image, transparency=2))
+    assert transparent.tolist() == [[[200, 100, 50], [255, 255, 255], [0, 0, 0]]]
+
+
+def test_sixteen_bit_grey_keeps_its_high_byte():
+    levels = np.array([[0, 256, 32768, 65535]], np.uint16)  # >> 8: 0, 1, 128, 255
+    decoded = decode_image(_saved(Image.fromarray(levels)))
+    assert decoded.tolist() == [[[0, 0, 0], [1, 1, 1], [128, 128, 128], [255, 255, 255]]]
+
+
+def test_one_bit_and_cmyk_images_become_rgb():
+    bits = Image.fromarray(np.array([[True, False]]))
+    assert decode_image(_saved(bits)).tolist() == [[[255, 255, 255], [0, 0, 0]]]
+    cyan = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
+    decoded = decode_image(_saved(cyan, "JPEG", quality=100))
+    assert decoded.shape == (8, 8, 3)
+    assert np.abs(decoded.astype(int) - [0, 255, 255]).max() <= 2  # JPEG rounds
+
+
+def test_an_animation_gives_its_first_frame():
+    frames = [Image.new("RGB", (4, 3), colour) for colour in ("red", "blue")]
+    encoded = _saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    decoded = decode_image(encoded)
+    assert decoded.shape == (3, 4, 3)
+    assert (decoded == [255, 0, 0]).all()
+
+
+def _png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds three bytes of it."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + check
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(b"\0\0\0"))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+
+
+def test_a_decompression_bomb_is_refused_before_decoding():
+    with pytest.raises(ValueError, match="example 7"):
+        decode_image(_png_header(50_000, 50_000), "example 7")
+    assert 8000 * 6000 > MAX_IMAGE_PIXELS  # below Pillow's own limit, above ours
+    with pytest.raises(ValueError, match="8000x6000 pixels are more than the limit"):
+        decode_image(_png_header(8000, 6000), "example 8")
+
+
+@pytest.mark.parametrize("encoded", [b"", b"no image", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
+def test_what_is_no_image_is_named(encoded):
+    with pytest.raises(ValueError, match=rf"example 3: {len(encoded)} bytes that are no readable"):
+        decode_image(encoded, "example 3")
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP"])
+def test_a_truncated_image_is_an_error_not_a_grey_half(form):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    whole = _saved(Image.fromarray(pixels), form)
+    assert decode_image(whole).shape == (40, 40, 3)
+    with pytest.raises(ValueError, match="no readable image"):
+        decode_image(whole[: len(whole) // 2])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=4))
+def test_damaged_bytes_give_an_image_or_a_value_error(changes):
+    damaged = bytearray(encode_png(np.full((6, 6, 3), 90, np.uint8)))
+    for at, value in changes:
+        damaged[at % len(damaged)] = value
+    try:
+        pixels = decode_image(bytes(damaged))
+    except ValueError:
+        return
+    assert pixels.dtype == np.uint8
+    assert pixels.ndim == 3
