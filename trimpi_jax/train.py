@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -21,18 +21,33 @@ def main(argv: list[str]) -> None:
     """Parse, call, and turn expected errors into one readable message."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}; did you mean --config.KEY=VALUE?")
+    logging.set_verbosity(logging.WARNING)  # orbax reports every file that it renames
     from trimpi_jax.stages.pipeline import run  # heavy imports only after the flags are right
 
     config = _CONFIG.value
     workdir = Path(_WORKDIR.value or Path("runs") / config.name)
     try:
         run(config, workdir)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; nothing is lost, start the same command again to continue")
     except (ValueError, OSError, RuntimeError) as error:
-        if type(error).__name__ == "XlaRuntimeError":
-            raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(1)
+        if type(error).__name__ in ("XlaRuntimeError", "JaxRuntimeError"):
+            raise  # not the user's doing: the traceback is what helps
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with unknown config keys as one line instead of a traceback."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:
+        # ml_collections wraps one message's repr in another's
+        text = str(error.args[0]).replace("\\n", " ").replace("\n", " ").replace("\\'", "'")
+        sys.exit(
+            f"unknown config key {text}\nA stage's options exist only when the method runs that"
+            " stage; --helpfull lists all flags."
+        )
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

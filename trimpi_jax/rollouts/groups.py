@@ -24,6 +24,25 @@ from trimpi_jax.types import Batch
 VIEWS = ("policy_free", "policy_aware")
 
 
+def fits(
+    example: Example,
+    processor: Processor,
+    *,
+    with_policy: bool,
+    token_buckets: Sequence[int],
+    windows: int,
+) -> bool:
+    """Whether every view of a prompt that will be sampled from fits the largest bucket."""
+    rows = [
+        encode_prompt(example, processor, policy_in_prompt=aware)
+        for aware in ((False, True) if with_policy else (False,))
+    ]
+    return all(
+        len(row.tokens) <= max(token_buckets) and len(row.images.patches) <= windows
+        for row in rows
+    )
+
+
 class View(NamedTuple):
     """One view of Q prompts: encoded rows and the batch made of them."""
 

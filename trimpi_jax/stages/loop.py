@@ -111,6 +111,11 @@ def run(
                 metrics["time/step_s"] = time.perf_counter() - started
                 _check_finite(settings, manager, step, metrics, examples)
                 line = append_metrics(metrics_path, step, metrics)
+                if dropped := line.get("inputs/dropped_too_long"):
+                    progress.say(
+                        f"{settings.name} step {step}: {dropped} examples fit no bucket and were"
+                        " left out (nothing is cut)"
+                    )
                 bar(step + 1, line)
                 if (step + 1) % settings.log_every == 0 or step + 1 == settings.num_steps:
                     progress.line(settings.name, step + 1, settings.num_steps, line)

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from data_pipelines.example import Example, decode_record
+from data_pipelines.nano_base.corpus import iter_corpus
 from data_pipelines.nano_base.mixture import (
     Phase,
     make_caption,
@@ -26,7 +27,6 @@ from data_pipelines.nano_base.mixture import (
     phase_of_step,
     task_of_step,
 )
-from data_pipelines.nano_base.corpus import iter_corpus
 from data_pipelines.nano_base.scenes import SceneSetSettings, make_scene_examples, scene_objects
 from data_pipelines.shards import check_dataset, split_files, write_dataset
 from trimpi_jax.inputs.batching import choose_bucket, drop_too_long, make_batch

@@ -178,6 +178,8 @@ def prepare_data(config: ConfigDict, folder: Path, progress: Progress) -> None:
             raise ValueError(f"{folder} was built otherwise:\n  " + "\n  ".join(lines))
         progress.say(f"data: {folder} is whole, reused")
         return
+    for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a build that was killed
+        shutil.rmtree(leftover)
     total = settings.policies * settings.train_per_policy + settings.test
     with progress.task("data", total) as bar:
         splits = make_splits(settings, lambda done, _: bar(done, {}))

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,7 +36,7 @@ from trimpi_jax.models import vlm
 from trimpi_jax.models.config import VLMConfig
 from trimpi_jax.models.processor import Processor, decode_completion
 from trimpi_jax.objectives.grpo import GRPOSettings, grpo_loss
-from trimpi_jax.rollouts.groups import View, make_training_rows, make_view
+from trimpi_jax.rollouts.groups import View, fits, make_training_rows, make_view
 from trimpi_jax.rollouts.sampler import SamplerSettings, make_sampler, prompt_ids
 from trimpi_jax.sharding import place_batch
 from trimpi_jax.stages.supervised import StepSettings, row_logprobs
@@ -109,6 +110,7 @@ class RLStep:
         self, state: TrainState, number: int, examples: Sequence[Example]
     ) -> tuple[TrainState, dict[str, Any]]:
         clock = _Clock()
+        examples, dropped = self._fitting(examples)
         free = self._view(examples, policy_in_prompt=False)
         tokens, lengths, stopped, sampled = self._rollouts(state.params, number, examples, free)
         clock.lap("rollout")
@@ -130,7 +132,33 @@ class RLStep:
         metrics |= self._rollout_metrics(grades, rewards, lengths, stopped)
         metrics |= _logprob_metrics(rows, behavior, sampled, lengths, self._free_count(tokens))
         metrics["rollouts/padding_waste"] = padding_waste(rows)
+        metrics["inputs/dropped_too_long"] = dropped
         return state, metrics | clock.laps
+
+    def _fitting(self, examples: Sequence[Example]) -> tuple[list[Example], int]:
+        """(prompts that fit their buckets, how many did not).
+
+        The shape of a step is static, so the places of the others are taken by the first that fit.
+        """
+        kept = [
+            example
+            for example in examples
+            if fits(
+                example,
+                self.processor,
+                with_policy=self.settings.policy_rollout,
+                token_buckets=self.settings.prompt_buckets,
+                windows=self.settings.windows,
+            )
+        ]
+        if not kept:
+            raise ValueError(
+                f"none of the prompts {[example.example_id for example in examples[:4]]} ... fits"
+                f" {max(self.settings.prompt_buckets)} tokens and {self.settings.windows} windows;"
+                " add a larger bucket to --config.prompt_buckets"
+            )
+        filled = list(itertools.islice(itertools.cycle(kept), len(examples)))
+        return filled, len(examples) - len(kept)
 
     def _rollouts(self, params, number, examples, free: View):
         """(tokens [Q, R, S], lengths [Q, R], stopped [Q, R], logprobs [Q, R, S]) on the host."""

@@ -1,4 +1,4 @@
-"""The jitted step shared by VM-CPT, SFT and the base model's training: they differ by mask and data.
+"""The jitted step shared by VM-CPT, SFT and the base model's training: mask and data differ.
 
     L(theta) = - (1 / sum m) sum m_t log p_theta(x_t | x_<t)
 

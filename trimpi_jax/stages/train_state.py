@@ -1,7 +1,7 @@
 """What training changes: parameters, optimizer state, step. And the one optimizer step.
 
-Only some parameters are trained (all, all but the vision tower, or the LoRA leaves). The parameters
-are split into two flat dicts by path; gradients and optimizer state exist for the trained half only.
+Only some parameters are trained (all, all but the vision tower, or the LoRA leaves). They are split
+into two flat dicts by path; gradients and optimizer state exist for the trained half only.
 
 Source: paper section 4 (AdamW, LoRA rank 8 for SFT, full parameters for VM-CPT and RL).
 Next: trimpi_jax/stages/loop.py
@@ -92,11 +92,17 @@ def is_trained(path: tuple[str, ...], trainable: str) -> bool:
     return trainable == "all" or path[0] != "vision"
 
 
+def flatten_leaves(tree: Any) -> Flat:
+    """A nested dict as one dict keyed by path."""
+    flat: Any = flatten_dict(tree)
+    return flat
+
+
 def split_params(params: Params, trainable: str) -> tuple[Flat, Flat]:
     """(trained, frozen) as flat dicts keyed by path."""
     trained: Flat = {}
     frozen: Flat = {}
-    for path, leaf in flatten_dict(params).items():
+    for path, leaf in flatten_leaves(params).items():
         (trained if is_trained(path, trainable) else frozen)[path] = leaf
     return trained, frozen
 
@@ -125,7 +131,7 @@ def apply_gradients(
     gradient_tree = _as_tree(gradients)
     updates, opt_state = optimizer.update(gradient_tree, state.opt_state, _as_tree(trained))
     new_tree = optax.apply_updates(_as_tree(trained), updates)
-    new_state = TrainState(state.step + 1, join_params(flatten_dict(new_tree), frozen), opt_state)
+    new_state = TrainState(state.step + 1, join_params(flatten_leaves(new_tree), frozen), opt_state)
     return new_state, optax.global_norm(gradient_tree)
 
 

@@ -1,0 +1,125 @@
+"""The whole run on a tiny random model: generate, three stages, stop, resume, evaluate, export."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from data_pipelines.streaming import read_split
+from trimpi_jax.io.progress import Progress
+from trimpi_jax.models.hf_weights import load_hf
+from trimpi_jax.stages import loop, pipeline
+
+STAGES = ("0_base", "1_vm_cpt", "2_cot_sft", "3_rl")
+
+
+def quiet():
+    return Progress(Console(record=True, width=160, file=open(os.devnull, "w")))
+
+
+def assert_equal_weights(one, two):
+    leaves_one, leaves_two = jax.tree.leaves(one), jax.tree.leaves(two)
+    assert len(leaves_one) == len(leaves_two) > 0
+    for a, b in zip(leaves_one, leaves_two, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, tiny_base):
+    """A finished run: (workdir, what was said)."""
+    from tests.end_to_end.conftest import OVERRIDES, load_config
+
+    config = load_config("nano", "method=trimpi_poro_grpo")
+    config.model_dir = str(tiny_base)
+    config.update_from_flattened_dict(OVERRIDES)
+    workdir = tmp_path_factory.mktemp("runs") / "unbroken"
+    progress = quiet()
+    pipeline.run(config, workdir, progress)
+    return workdir, progress.console.export_text()
+
+
+def test_everything_is_there(unbroken):
+    workdir, said = unbroken
+    for stage in STAGES:
+        evaluation = json.loads((workdir / stage / "evaluation.json").read_text())
+        assert evaluation["policy_free"]["count"] == evaluation["policy_aware"]["count"] == 8
+    assert (workdir / "final" / "model.safetensors").is_file()
+    assert "+PoRo-GRPO" in said and "accuracy" in said
+    page = (workdir / "report.html").read_text()
+    assert page.count("<article>") == 8
+    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+
+
+def test_every_stage_trains_what_it_should(unbroken, tiny_base):
+    workdir, _ = unbroken
+    config, base = load_hf(tiny_base)
+    _, after_cpt = load_hf(workdir / "1_vm_cpt" / "model")
+    _, after_sft = load_hf(workdir / "2_cot_sft" / "model")
+    assert config.text.depth == 2
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), base, after_cpt)
+    assert min(jax.tree.leaves(moved)) > 0  # full parameters
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), after_cpt, after_sft)
+    assert max(jax.tree.leaves(moved["vision"])) == 0  # LoRA on the language model only
+    assert max(jax.tree.leaves(moved["language"])) > 0
+
+
+def test_second_start_skips_finished_stages(unbroken, tiny_config):
+    workdir, _ = unbroken
+    before = (workdir / "3_rl" / "model" / "model.safetensors").stat().st_mtime_ns
+    progress = quiet()
+    pipeline.run(tiny_config, workdir, progress)
+    said = progress.console.export_text()
+    assert said.count("finished before, skipped") == 3
+    assert (workdir / "3_rl" / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_stopped_run_continues_to_the_same_result(unbroken, tiny_config, tmp_path, monkeypatch):
+    """SIGTERM in the middle of RL, then the same command again: bitwise the same model."""
+    make_source = pipeline.open_source
+
+    def source_that_stops(this, split, batch, stage):
+        source = make_source(this, split, batch, stage)
+
+        def fetch(step):
+            if stage == "rl" and step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return source.fetch(step)
+
+        return loop.Source(fetch, source.save_place, source.restore_place)
+
+    monkeypatch.setattr(pipeline, "open_source", source_that_stops)
+    with pytest.raises(loop.Stopped) as stopped:
+        pipeline.run(tiny_config, tmp_path / "run", quiet())
+    assert stopped.value.code == loop.EXIT_STOPPED
+    monkeypatch.setattr(pipeline, "open_source", make_source)
+    progress = quiet()
+    pipeline.run(tiny_config, tmp_path / "run", progress)
+    assert "rl: continuing at step 2 of 3" in progress.console.export_text()
+    assert_equal_weights(
+        load_hf(tmp_path / "run" / "final")[1], load_hf(unbroken[0] / "final")[1]
+    )
+
+
+def test_flipped_bit_in_a_shard_is_refused(unbroken, tiny_config, tmp_path):
+    workdir = tmp_path / "run"
+    data = workdir / "data"
+    data.mkdir(parents=True)
+    for path in (unbroken[0] / "data").iterdir():
+        content = bytearray(path.read_bytes())
+        if path.name.startswith("test"):
+            content[len(content) // 2] ^= 1
+        (data / path.name).write_bytes(content)
+    (workdir / "config.json").write_bytes((unbroken[0] / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=r"test-00000-of-00001.*sha256.*altered"):
+        pipeline.run(tiny_config, workdir, quiet())
+
+
+def test_evaluated_images_are_unseen(unbroken):
+    data = unbroken[0] / "data"
+    train = {example.images[0] for example in read_split(data, "train")}
+    test = {example.images[0] for example in read_split(data, "test")}
+    assert len(train) == 24 and len(test) == 8 and not train & test
