@@ -73,7 +73,8 @@ def decode_record(record: bytes) -> Example:
     wrong = [name for name, value in fields.items() if not _has_type(name, value)]
     if wrong:
         raise ValueError(f"an Example record has other types in {wrong}; rebuild the shard")
-    return Example(**(fields | {name: tuple(fields[name]) for name in _IMAGE_FIELDS}))
+    images: dict[str, Any] = {name: tuple(fields[name]) for name in _IMAGE_FIELDS}
+    return Example(**(fields | images))
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

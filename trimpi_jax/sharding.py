@@ -53,7 +53,7 @@ LOGICAL_RULES: Mapping[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(
-    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
     """A mesh of axes ("data", "fsdp", "tensor").
 

@@ -15,11 +15,11 @@ Next: trimpi_jax/sharding.py
 
 from __future__ import annotations
 
-import flax.struct
-import jax
-import numpy as np
+from typing import Any
 
-Array = jax.Array | np.ndarray
+import flax.struct
+
+Array = Any  # np.ndarray on the host, jax.Array once placed; dtype and axes stand at each field
 
 
 @flax.struct.dataclass

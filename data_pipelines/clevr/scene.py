@@ -120,7 +120,7 @@ def sample_scenes(
         image=(width, height),
         jitters=(max_camera_jitter, max_light_jitter),
     )
-    scenes: list[Scene | None] = [None] * count
+    scenes: dict[int, Scene] = {}
     pending = list(range(count))
     while pending:
         rejected = []
@@ -134,7 +134,7 @@ def sample_scenes(
                 else:
                     rejected.append(i)
         pending = rejected
-    return scenes
+    return [scenes[i] for i in range(count)]
 
 
 def _draw_scene(rng, scene_id, *, counts, image, jitters) -> Scene:
@@ -156,7 +156,8 @@ def _draw_scene(rng, scene_id, *, counts, image, jitters) -> Scene:
     camera = np.add(geometry.CAMERA_POSITION, camera_jitter)
     pixels = project(np.array([o.position for o in objects]), camera, *image)
     objects = tuple(
-        dataclasses.replace(o, pixel_coords=tuple(p)) for o, p in zip(objects, pixels.tolist())
+        dataclasses.replace(o, pixel_coords=tuple(p))
+        for o, p in zip(objects, pixels.tolist(), strict=True)
     )
     return Scene(scene_id, objects, camera_jitter, light_jitter, None, *image)
 
@@ -247,8 +248,8 @@ def _scene_fractions(solids, *, width, height):
     reach = solids["radius"] * jnp.where(solids["is_sphere"], 1.0, 3**0.5)
     half_px = 1.02 * focal_px * reach / jnp.maximum(depth - reach, 0.1)
     ticks = (jnp.arange(VISIBILITY_GRID, dtype=jnp.float32) + 0.5) * 2 / VISIBILITY_GRID - 1
-    column = (width / 2 + focal_px * view[:, 0] / depth)[:, None] + half_px[:, None] * ticks
-    row = (height / 2 - focal_px * view[:, 1] / depth)[:, None] + half_px[:, None] * ticks
+    column = (width / 2 + focal_px * view[:, 0] / depth)[:, None] + half_px[:, None] * ticks[None]
+    row = (height / 2 - focal_px * view[:, 1] / depth)[:, None] + half_px[:, None] * ticks[None]
     columns, rows = jnp.broadcast_arrays(column[:, None, :], row[:, :, None])
     inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
     directions = geometry.ray_directions(columns, rows, solids["axes"], width, height)
@@ -337,9 +338,9 @@ def _parse_scene(record: dict, images_dir: Path | None) -> Scene:
     objects = tuple(
         SceneObject(
             *(entry[name] for name in ATTRIBUTES),
-            position=tuple(map(float, entry["3d_coords"])),
+            position=_triple(entry["3d_coords"]),
             rotation=float(entry.get("rotation", 0.0)),
-            pixel_coords=tuple(map(float, entry["pixel_coords"])),
+            pixel_coords=_triple(entry["pixel_coords"]),
         )
         for entry in record["objects"]
     )
@@ -372,7 +373,12 @@ def _fit_camera(objects, width, height) -> tuple[float, tuple[float, float, floa
         base = residuals(jitter)
         slope = np.stack([(residuals(jitter + d) - base) / 1e-4 for d in 1e-4 * np.eye(3)], axis=1)
         jitter = jitter - np.linalg.lstsq(slope, base, rcond=None)[0]
-    return float(np.square(residuals(jitter)).sum()), tuple(jitter.tolist())
+    return float(np.square(residuals(jitter)).sum()), _triple(jitter)
+
+
+def _triple(values) -> tuple[float, float, float]:
+    x, y, z = map(float, values)
+    return x, y, z
 
 
 def save_clevr_scenes(scenes: list[Scene], path: Path, *, split: str = "train") -> None:
@@ -402,6 +408,7 @@ def save_clevr_scenes(scenes: list[Scene], path: Path, *, split: str = "train") 
 
 
 def _record(o: SceneObject) -> dict:
+    assert o.pixel_coords is not None  # save_clevr_scenes has checked
     column, row, depth = o.pixel_coords
     return {name: getattr(o, name) for name in ATTRIBUTES} | {
         "3d_coords": list(o.position),

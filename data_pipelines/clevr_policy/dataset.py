@@ -219,7 +219,7 @@ def _folder_slice(
 def _images(settings: ClevrPolicySettings, scenes: Sequence[Scene]) -> list[bytes]:
     if not settings.clevr_dir:
         pixels = render_scenes(
-            scenes,
+            list(scenes),
             width=settings.width,
             height=settings.height,
             supersample=settings.supersample,

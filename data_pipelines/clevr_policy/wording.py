@@ -13,8 +13,8 @@ r"""From a tree and a scene to words: policy text, query, chain of thought, answ
 The chain of thought names the objects first, so that seeing and reasoning can be told apart when an
 answer is wrong. It names them by colour, not by place: what a model attends to in an image is
 content, and Qwen2.5-VL's positions are relative, so "the next colour" is far easier to learn for a
-small model than "the next one to the right". Then it visits each Condition of the path in order, says what is
-seen, narrows the focus on a yes and names the next Condition.
+small model than "the next one to the right". Then it visits each Condition of the path in order,
+says what is seen, narrows the focus on a yes and names the next Condition.
 
 Source: paper section 2 (style; wording ours).
 Next: data_pipelines/clevr_policy/dataset.py

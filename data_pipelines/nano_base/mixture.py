@@ -111,7 +111,7 @@ def make_policy_question(
 def _sample_description(rng: np.random.Generator, objects: Sequence[SceneObject]) -> dict[str, str]:
     """One to three attribute values: half of the time of an object that is there."""
     attributes = rng.permutation(list(ATTRIBUTES))[: rng.integers(1, 4)]
-    thing = objects[rng.integers(len(objects))]
+    thing = objects[int(rng.integers(len(objects)))]
     wanted = {str(a): getattr(thing, a) for a in attributes}
     if rng.random() < 0.5:
         changed = str(rng.choice(attributes))

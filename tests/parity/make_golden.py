@@ -1,4 +1,4 @@
-"""Writes tests/parity/golden/qwen2_5_vl.npz from transformers: `python -m tests.parity.make_golden`.
+"""Writes golden/qwen2_5_vl.npz from transformers: `python -m tests.parity.make_golden`.
 
 The file holds a model small enough to ship (float16 weights under their hub names, its config.json)
 and what the reference makes of three rows in float32. The tests that read it need no torch.

@@ -9,12 +9,23 @@ Next: trimpi_jax/models/vlm.py
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from trimpi_jax.models.config import TextConfig
-from trimpi_jax.models.layers import Linear, Params, RMSNorm, declare, declare_stack, run_layers
+from trimpi_jax.models.layers import (
+    Linear,
+    Params,
+    RMSNorm,
+    call,
+    declare,
+    declare_stack,
+    run_layers,
+    weight,
+)
 from trimpi_jax.ops.attention import causal_attention, shared_prompt_attention
 from trimpi_jax.ops.rotary import mrope_angles, rotate, text_angles
 from trimpi_jax.sharding import constrain
@@ -95,8 +106,8 @@ class TokenTable(nn.Module):
 
     def setup(self):
         c = self.config
-        init = nn.with_logical_partitioning(nn.initializers.normal(c.init_std), ("vocab", "embed"))
-        self.embedding = self.param("embedding", init, (c.vocab_size, c.width))
+        axes = ("vocab", c.vocab_size), ("embed", c.width)
+        self.embedding = weight(self, "embedding", nn.initializers.normal(c.init_std), *axes)
 
     def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """[...] ids -> [..., D]."""
@@ -134,7 +145,7 @@ def embed_tokens(
     params: Params, config: TextConfig, tokens: jax.Array, dtype: jnp.dtype
 ) -> jax.Array:
     """[...] ids -> [..., D]."""
-    return TokenTable(config).apply({"params": params["embed"]}, tokens, dtype)
+    return call(TokenTable(config), params["embed"], tokens, dtype)
 
 
 def run_language(
@@ -146,7 +157,7 @@ def run_language(
     layer_loop: str,
     remat: bool,
     keep_kv: bool = False,
-) -> tuple[jax.Array, list[KeyValue | None]]:
+) -> tuple[jax.Array, list[Any]]:
     """All layers and the final norm over whole rows.
 
     Args:
@@ -165,7 +176,7 @@ def run_language(
     layer = LanguageLayer(config)
 
     def body(x, weights):
-        x, key_value = layer.apply({"params": weights}, x, cos, sin)
+        x, key_value = call(layer, weights, x, cos, sin)
         return x, key_value if keep_kv else None
 
     x, kept = run_layers(body, x, params["layers"], layer_loop=layer_loop, remat=remat)
@@ -203,8 +214,8 @@ def decode_language(
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     layer, written = LanguageLayer(config), []
     for weights, shared, own in zip(layers, prompt_kv, cache, strict=True):
-        x, own = layer.apply(
-            {"params": weights}, x, cos, sin, shared, prompt_lengths, own, step, method="decode"
+        x, own = call(
+            layer, weights, x, cos, sin, shared, prompt_lengths, own, step, method="decode"
         )
         written.append(own)
     return final_norm(params, config, x), written
@@ -212,12 +223,12 @@ def decode_language(
 
 def final_norm(params: Params, config: TextConfig, x: jax.Array) -> jax.Array:
     """The norm before the head."""
-    return RMSNorm(config.width, config.rms_eps).apply({"params": params["final_norm"]}, x)
+    return call(RMSNorm(config.width, config.rms_eps), params["final_norm"], x)
 
 
 def head_logits(params: Params, config: TextConfig, hidden: jax.Array) -> jax.Array:
     """[..., D] -> float32 [..., V], by the tied table or the head."""
     if config.tied:
-        return TokenTable(config).apply({"params": params["embed"]}, hidden, method="logits")
+        return call(TokenTable(config), params["embed"], hidden, method="logits")
     head = output_head(config)
-    return head.apply({"params": params["head"]}, hidden, out_dtype=jnp.dtype(jnp.float32))
+    return call(head, params["head"], hidden, out_dtype=jnp.dtype(jnp.float32))

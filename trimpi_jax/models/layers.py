@@ -34,14 +34,11 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
-        names, shape = zip(*self.inputs, *self.outputs, strict=True)
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), names)
-        kernel = self.param("kernel", init, shape)
+        normal = nn.initializers.normal(self.init_std)
+        kernel = weight(self, "kernel", normal, *self.inputs, *self.outputs)
         bias = None
         if self.use_bias:
-            names, shape = zip(*self.outputs, strict=True)
-            zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), names)
-            bias = self.param("bias", zeros, shape)
+            bias = weight(self, "bias", nn.initializers.zeros_init(), *self.outputs)
         lora = None
         if not self.is_initializing() and self.has_variable("params", "lora_a"):
             lora = (
@@ -67,13 +64,25 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        ones = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
-        return rms_norm(x, self.param("scale", ones, (self.width,)), self.eps)
+        scale = weight(self, "scale", nn.initializers.ones_init(), ("norm", self.width))
+        return rms_norm(x, scale, self.eps)
+
+
+def weight(module: nn.Module, name: str, initializer: Callable[..., Any], *axes: Axis) -> Any:
+    """A weight of a module: its axes give both its shape and its logical names."""
+    names, shape = zip(*axes, strict=True)
+    return module.param(name, nn.with_logical_partitioning(initializer, names), shape)
 
 
 def declare(module: nn.Module, key: jax.Array, *args: Any, **kwargs: Any) -> Params:
     """Initial weights of one module, each boxed with its logical axes."""
-    return module.init(key, *args, **kwargs)["params"]
+    variables: Any = module.init(key, *args, **kwargs)
+    return variables["params"]
+
+
+def call(module: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
+    """What one module makes of its unboxed weights and inputs."""
+    return module.apply({"params": params}, *args, **kwargs)
 
 
 def declare_stack(module: nn.Module, key: jax.Array, depth: int, *args: Any) -> Params:

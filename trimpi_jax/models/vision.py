@@ -22,10 +22,12 @@ from trimpi_jax.models.layers import (
     Linear,
     Params,
     RMSNorm,
+    call,
     declare,
     declare_stack,
     run_layers,
     unstack,
+    weight,
 )
 from trimpi_jax.ops.attention import segment_attention
 from trimpi_jax.ops.rotary import rotate, vision_angles
@@ -48,10 +50,15 @@ class PatchEmbed(nn.Module):
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
         c = self.config
-        shape = (c.channels, c.temporal_patch_size, c.patch_size**2, c.width)
-        names = ("channel", "frame", "pixel", "vision_embed")
-        init = nn.with_logical_partitioning(nn.initializers.normal(c.init_std), names)
-        kernel = self.param("kernel", init, shape).sum(axis=1)
+        kernel = weight(
+            self,
+            "kernel",
+            nn.initializers.normal(c.init_std),
+            ("channel", c.channels),
+            ("frame", c.temporal_patch_size),
+            ("pixel", c.patch_size**2),
+            ("vision_embed", c.width),
+        ).sum(axis=1)
         kernel = kernel.reshape(-1, c.width)  # [C, patch^2, D] -> [C patch^2, D]
         return jnp.einsum("bwpi,id->bwpd", pixels, kernel.astype(pixels.dtype))
 
@@ -171,14 +178,14 @@ def encode_patches(
       token refers to.
     """
     pixels = normalise_pixels(patches, config).astype(dtype)
-    x = constrain(PatchEmbed(config).apply({"params": params["patch_embed"]}, pixels), "batch")
+    x = constrain(call(PatchEmbed(config), params["patch_embed"], pixels), "batch")
     angles = vision_angles(patch_hw, config.head_width, config.rope_theta)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     block = VisionBlock(config)
 
     def body(full):
         return lambda x, layer: (
-            block.apply({"params": layer}, x, cos, sin, patch_segment, full),
+            call(block, layer, x, cos, sin, patch_segment, full),
             None,
         )
 
@@ -198,7 +205,7 @@ def encode_patches(
         x, _ = jax.lax.scan(group, x, groups)
     else:
         x = _run_irregular(body, x, params["blocks"], config, remat=remat)
-    return Merger(config).apply({"params": params["merger"]}, x)
+    return call(Merger(config), params["merger"], x)
 
 
 def group_size(config: VisionConfig) -> int:

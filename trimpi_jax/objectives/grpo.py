@@ -91,7 +91,7 @@ def grpo_loss(
     ratios = jnp.exp(log_ratios)
     surrogate = clipped_surrogate(ratios, advantages, settings.clip_low, settings.clip_high)
     kl = kl_k3(logprobs, jnp.where(mask, reference_logprobs, logprobs))
-    groups, rollouts = rewards.shape
+    rollouts = rewards.shape[1]
     scale = 1.0 / (num_prompts * rollouts)
     loss = -jnp.sum(sequence_means(surrogate - settings.kl_beta * kl, mask)) * scale
     low = (ratios < 1.0 - settings.clip_low) & (advantages < 0)
