@@ -135,8 +135,8 @@ class VLMConfig:
 
         Accepted: text fields at the top level (hub files) or under `text_config` (transformers
         4.52 and later); `rope_scaling` or `rope_parameters`; `tie_word_embeddings` at either level
-        (the top level wins); `in_chans` or `in_channels`; missing vision fields (the released
-        defaults); one EOS id or a list.
+        (true at one is enough, as in transformers); `in_chans` or `in_channels`; missing vision
+        fields (the released defaults); one EOS id or a list.
 
         Raises:
           ValueError: another architecture, a text-only model, or options this port does not have.
@@ -149,7 +149,7 @@ class VLMConfig:
         _check_options(text, rope)
         heads = text["num_attention_heads"]
         head_width = text.get("head_dim") or text["hidden_size"] // heads
-        tied = config.get("tie_word_embeddings", nested.get("tie_word_embeddings", False))
+        tied = config.get("tie_word_embeddings") or nested.get("tie_word_embeddings")
         eos = text.get("eos_token_id")
         eos = cls.eos_token_ids if eos is None else eos
         bos = text.get("bos_token_id")

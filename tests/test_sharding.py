@@ -1,0 +1,119 @@
+"""Eight devices give the numbers of one; meshes and layouts that cannot work say why."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from tests.parity.rows import LAYOUTS, make_batch, make_row, random_params, tiny_config
+from trimpi_jax.models import lora, vlm
+from trimpi_jax.sharding import batch_sharding, constrain, make_mesh, param_shardings
+
+
+def loss(params, config, batch):
+    visual = vlm.encode_images(
+        params, config, batch.patches, batch.patch_hw, batch.patch_segment, remat=True
+    )
+    hidden = vlm.hidden_states(
+        params,
+        config,
+        batch.tokens,
+        batch.positions,
+        batch.lengths,
+        visual,
+        batch.visual_index,
+        remat=True,
+    )
+    logprobs, _ = vlm.token_logprobs(params, config, hidden[:, :-1], batch.tokens[:, 1:], 128)
+    counts = jnp.arange(1, batch.tokens.shape[1])[None] < batch.lengths[:, None]
+    return -jnp.sum(jnp.where(counts, logprobs, 0.0)) / jnp.sum(counts)
+
+
+GRADIENT = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    config = tiny_config(tied=False)
+    params = random_params(config)
+    adapted = lora.add_lora(params, config, jax.random.key(0), 4)
+    batch = make_batch([make_row(layout) for layout in LAYOUTS], config)
+    return config, jax.device_get(adapted), batch
+
+
+@pytest.fixture(scope="module")
+def alone(problem):
+    config, params, batch = problem
+    return GRADIENT(params, config, batch)
+
+
+def test_eight_devices_are_one(problem, alone):
+    config, params, batch = problem
+    mesh = make_mesh(2, 2, 2)
+    axes = lora.lora_axes(vlm.logical_axes(config), config)
+    shardings = param_shardings(axes, mesh, params)
+    kernel = shardings["language"]["layers"]["q"]["kernel"]
+    assert kernel.spec == PartitionSpec(None, "fsdp", "tensor", None)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, shardings)
+        rows = jax.device_put(batch, batch_sharding(mesh))
+        step = jax.jit(jax.value_and_grad(loss), static_argnums=1, out_shardings=(None, shardings))
+        value, gradients = step(placed, config, rows)
+    assert float(value) == pytest.approx(float(alone[0]), abs=1e-6)
+
+    def near(ours, theirs):
+        scale = np.abs(theirs).max() + 1e-6
+        np.testing.assert_allclose(ours / scale, theirs / scale, atol=2e-5, rtol=0)
+
+    jax.tree.map(near, jax.device_get(gradients), jax.device_get(alone[1]))
+
+
+def test_weights_are_born_on_the_mesh(problem):
+    config = problem[0]
+    mesh = make_mesh(-1, 2, 2)
+    shardings = param_shardings(vlm.logical_axes(config), mesh, vlm.param_shapes(config))
+
+    def one(tree):  # a single weight: the others are then not computed
+        return tree["language"]["layers"]["up"]["kernel"]
+
+    with jax.set_mesh(mesh):
+        init = jax.jit(lambda key: one(vlm.init_params(config, key)), out_shardings=one(shardings))
+        up = init(jax.random.key(0))  # [L, D / fsdp, F / tensor]
+    assert up.addressable_shards[0].data.shape == (2, 32, 48)
+
+
+def test_mesh_shapes():
+    assert dict(make_mesh(-1, 1, 1).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert dict(make_mesh(1, -1, 2).shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert make_mesh(1, 1, 1, devices=jax.devices()[:1]).size == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((3, 1, 1), "needs 3 devices, but there are 8"),
+        ((-1, 3, 1), "8 devices cannot be split.*3 does not divide 8"),
+        ((-1, -1, 1), "at most one"),
+        ((0, 1, 1), "positive"),
+    ],
+)
+def test_bad_meshes(shape, message):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(*shape)
+
+
+def test_too_many_tensor_devices_for_the_heads(problem):
+    config = problem[0]
+    with pytest.raises(ValueError, match=r"kv_heads has 2 entries.*tensor=4.*may be \[1, 2\]"):
+        param_shardings(vlm.logical_axes(config), make_mesh(1, 2, 4), vlm.param_shapes(config))
+
+
+def test_constrain():
+    x = jnp.ones((4, 3))
+    assert constrain(x, "batch") is x  # no mesh in context
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        y = jax.jit(lambda a: constrain(a * 2, "batch"))(x)
+        assert y.sharding.shard_shape(y.shape) == (1, 3)
+        odd = jax.jit(lambda a: constrain(a * 2, "batch"))(jnp.ones((3, 3)))  # left to XLA
+        np.testing.assert_array_equal(odd, 2.0)
