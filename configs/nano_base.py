@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     config.kind = "nano_base"
     config.seed = 0
     config.dtype = "float32"
+    config.init_dir = ""  # a Hugging Face folder of the same architecture to go on from
 
     config.scenes = ConfigDict()
     config.scenes.count = 24000

@@ -67,7 +67,10 @@ def make_caption(rng: np.random.Generator, scene: Example) -> Example:
 
 
 def make_existence(rng: np.random.Generator, scene: Example) -> Example:
-    """Several existence questions about one image; about half of the answers are True."""
+    """Several existence questions about one image; about three in four answers are True.
+
+    Half ask for an object that is there; in the others one value is drawn anew.
+    """
     objects = scene_objects(scene)
     questions, answers = [], []
     for number in range(1, EXISTENCE_QUESTIONS + 1):

@@ -15,6 +15,7 @@ from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.example import Example, decode_record
@@ -34,7 +35,7 @@ from trimpi_jax.inputs.encode import EncodedRow, encode_example, encode_with_com
 from trimpi_jax.io.progress import Progress
 from trimpi_jax.models import vlm
 from trimpi_jax.models.config import TextConfig, VisionConfig, VLMConfig
-from trimpi_jax.models.hf_weights import save_hf
+from trimpi_jax.models.hf_weights import load_hf, save_hf
 from trimpi_jax.models.nano_tokenizer import (
     SPECIAL_TOKENS,
     make_tokenizer,
@@ -158,8 +159,15 @@ def run_nano_base(config: Any, workdir: Path, progress: Progress) -> Path:
             weight_decay=config.train.weight_decay,
         )
     )
-    init = jax.jit(lambda key: vlm.init_params(model_config, key))
-    state = init_train_state(init(jax.random.key(config.seed)), optimizer, "all")
+    if config.init_dir:
+        saved_config, params = load_hf(config.init_dir)
+        if saved_config.to_hf() != model_config.to_hf():
+            raise ValueError(f"{config.init_dir} is another architecture than config.model")
+        params = jax.tree.map(jnp.asarray, params)
+    else:
+        init = jax.jit(lambda key: vlm.init_params(model_config, key))
+        params = init(jax.random.key(config.seed))
+    state = init_train_state(params, optimizer, "all")
     step = make_supervised_step(model_config, optimizer, StepSettings("all", config.dtype))
     stream = _MixtureStream(scenes, processor, settings)
 
