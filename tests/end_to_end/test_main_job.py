@@ -99,9 +99,7 @@ def test_stopped_run_continues_to_the_same_result(unbroken, tiny_config, tmp_pat
     progress = quiet()
     pipeline.run(tiny_config, tmp_path / "run", progress)
     assert "rl: continuing at step 2 of 3" in progress.console.export_text()
-    assert_equal_weights(
-        load_hf(tmp_path / "run" / "final")[1], load_hf(unbroken[0] / "final")[1]
-    )
+    assert_equal_weights(load_hf(tmp_path / "run" / "final")[1], load_hf(unbroken[0] / "final")[1])
 
 
 def test_flipped_bit_in_a_shard_is_refused(unbroken, tiny_config, tmp_path):

@@ -38,8 +38,7 @@ def fits(
         for aware in ((False, True) if with_policy else (False,))
     ]
     return all(
-        len(row.tokens) <= max(token_buckets) and len(row.images.patches) <= windows
-        for row in rows
+        len(row.tokens) <= max(token_buckets) and len(row.images.patches) <= windows for row in rows
     )
 
 
