@@ -65,7 +65,7 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
     # the first update of a warm-up already moves: (i + 1) / warmup of the peak
     schedule = after
     if warmup:
-        ramp = optax.linear_schedule(peak / warmup, peak, warmup)
+        ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
         schedule = optax.join_schedules([ramp, after], [warmup])
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),

@@ -1,0 +1,209 @@
+"""The GRPO loss: every term with numbers on paper, and what must not change the loss."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trimpi_jax.objectives.grpo import (
+    GRPOSettings,
+    clipped_surrogate,
+    grpo_loss,
+    kl_k3,
+    sequence_means,
+)
+
+NO_KL = GRPOSettings(kl_beta=0.0)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "value", "slope"),
+    [
+        (1.0, 2.0, 2.0, 2.0),  # inside: r A
+        (1.25, 2.0, 2.5, 2.0),
+        (1.5, 2.0, 2.6, 0.0),  # good and already 1.3 times as likely: no more, 1.3 * 2
+        (0.5, 2.0, 1.0, 2.0),  # good and less likely than before: pull, unclipped
+        (0.9, -2.0, -1.8, -2.0),
+        (0.5, -2.0, -1.6, 0.0),  # bad and already below 0.8: no more, 0.8 * -2
+        (1.5, -2.0, -3.0, -2.0),  # bad and more likely: push, unclipped
+    ],
+)
+def test_the_clipped_surrogate_on_both_sides(ratio, advantage, value, slope):
+    def surrogate(r):
+        return clipped_surrogate(r, jnp.float32(advantage), 0.2, 0.3)
+
+    found, gradient = jax.value_and_grad(surrogate)(jnp.float32(ratio))
+    assert found == pytest.approx(value, rel=1e-6)
+    assert gradient == pytest.approx(slope, rel=1e-6)
+
+
+def test_k3_by_hand():
+    # reference twice as likely: d = ln 2, e^d - d - 1 = 1 - 0.6931 = 0.3069
+    # half as likely: d = -ln 2, 1/2 + 0.6931 - 1 = 0.1931
+    logprobs = jnp.log(jnp.array([0.25, 0.5, 0.5]))
+    reference = jnp.log(jnp.array([0.5, 0.25, 0.5]))
+    np.testing.assert_allclose(kl_k3(logprobs, reference), [0.306853, 0.193147, 0], atol=1e-6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(-20, 0, width=32), st.floats(-20, 0, width=32))
+def test_k3_is_never_negative(logprob, reference):
+    assert kl_k3(jnp.float32(logprob), jnp.float32(reference)) >= 0
+
+
+def test_k3_keeps_its_square_for_the_smallest_differences():
+    # d^2 / 2; in float32 exp(d) - d - 1 would be rounding noise of 1e-7
+    assert kl_k3(jnp.float32(-1e-3), jnp.float32(0.0)) == pytest.approx(5e-7, rel=0.1)
+
+
+def test_the_mean_of_a_rollout_is_over_its_own_tokens():
+    values = jnp.array([[[2.0, 4.0, 99.0], [6.0, 99.0, 99.0], [99.0, 99.0, 99.0]]])
+    mask = jnp.array([[[1, 1, 0], [1, 0, 0], [0, 0, 0]]], bool)
+    assert sequence_means(values, mask).tolist() == [[3.0, 6.0, 0.0]]
+
+
+def make_case(seed=0, prompts=4, rollouts=4, tokens=5):
+    """Random log-probs, rewards and lengths."""
+    rng = np.random.default_rng(seed)
+    shape = (prompts, rollouts, tokens)
+    logprobs, behavior, reference = (
+        jnp.asarray(-rng.exponential(1.0, shape), jnp.float32) for _ in range(3)
+    )
+    rewards = jnp.asarray(rng.choice([0.0, 0.1, 1.0], shape[:2]), jnp.float32)
+    lengths = rng.integers(1, tokens + 1, shape[:2])
+    return (
+        logprobs,
+        behavior,
+        reference,
+        rewards,
+        jnp.asarray(np.arange(tokens) < lengths[..., None]),
+    )
+
+
+def loss_and_gradient(logprobs, behavior, reference, rewards, mask, settings, num_prompts):
+    def loss_of(x):
+        return grpo_loss(x, behavior, reference, rewards, mask, settings, num_prompts)
+
+    (loss, metrics), gradient = jax.value_and_grad(loss_of, has_aux=True)(logprobs)
+    return loss, metrics, gradient
+
+
+def test_the_loss_of_one_group_by_hand():
+    # free (0, 0) and aware (1, 1): advantages -1, -1, 1, 1. One token each, except the last: two.
+    # ratios          1      0.5        2          1, 2
+    # surrogate      -1     -0.8       1.3        (1 + 1.3) / 2 = 1.15
+    #          (A = -1, r = 0.5: clipped at 0.8; A = 1, r = 2: clipped at 1.3)
+    # loss = -(-1 - 0.8 + 1.3 + 1.15) / 4 = -0.1625
+    ratios = jnp.array([[[1.0, 1], [0.5, 1], [2.0, 1], [1.0, 2.0]]])
+    mask = jnp.array([[[1, 0], [1, 0], [1, 0], [1, 1]]], bool)
+    behavior = jnp.full((1, 4, 2), -3.0)
+    rewards = jnp.array([[0.0, 0, 1, 1]])
+    loss, metrics, _ = loss_and_gradient(
+        behavior + jnp.log(ratios), behavior, behavior, rewards, mask, NO_KL, 1
+    )
+    assert loss == pytest.approx(-0.1625, abs=1e-5)
+    assert metrics["train/clip_low_fraction"] == pytest.approx(1 / 4)
+    assert metrics["train/clip_high_fraction"] == pytest.approx((1 + 0.5) / 4)
+
+
+def test_the_kl_term_by_hand():
+    # no reward differs, so only beta * KL is left: token KLs 0.306853 (d = ln 2) and 0
+    logprobs = jnp.log(jnp.array([[[0.25, 0.5], [0.5, 0.5]]]))
+    reference = jnp.log(jnp.array([[[0.5, 0.5], [0.5, 0.5]]]))
+    rewards, mask = jnp.ones((1, 2)), jnp.ones((1, 2, 2), bool)
+    loss, metrics, gradient = loss_and_gradient(
+        logprobs, logprobs, reference, rewards, mask, GRPOSettings(kl_beta=0.1), 1
+    )
+    mean = 0.306853 / 2 / 2  # over the two tokens of the first rollout, then over two rollouts
+    assert metrics["train/kl"] == pytest.approx(mean, rel=1e-5)
+    assert loss == pytest.approx(0.1 * mean, rel=1e-5)
+    # d KL / d logprob = 1 - e^d = -1: the token is made more likely
+    np.testing.assert_allclose(gradient[0, 0], [-0.1 / 4, 0], atol=1e-7)
+
+
+def test_at_ratio_one_the_gradient_is_the_policy_gradient():
+    logprobs, _, _, _, mask = make_case(prompts=1)
+    rewards = jnp.array([[0.0, 0, 1, 1]])
+    _, _, gradient = loss_and_gradient(logprobs, logprobs, logprobs, rewards, mask, NO_KL, 1)
+    # - A_i / (2G |o_i|) on each of its tokens
+    lengths = np.asarray(mask.sum(axis=-1, keepdims=True))
+    advantages = np.array([-1, -1, 1, 1], np.float32)[None, :, None]
+    expected = np.where(mask, -advantages / (4 * lengths), 0)
+    np.testing.assert_allclose(gradient, expected, atol=1e-6)
+
+
+def test_a_group_without_spread_and_without_kl_moves_nothing():
+    logprobs, behavior, reference, _, mask = make_case()
+    loss, _, gradient = loss_and_gradient(
+        logprobs, behavior, reference, jnp.ones((4, 4)), mask, NO_KL, 4
+    )
+    assert loss == 0
+    assert (gradient == 0).all()
+
+
+def test_no_gradient_reaches_behavior_or_reference():
+    logprobs, behavior, reference, rewards, mask = make_case()
+
+    def loss_of(old, anchor):
+        return grpo_loss(logprobs, old, anchor, rewards, mask, GRPOSettings(), 4)[0]
+
+    for gradient in jax.grad(loss_of, argnums=(0, 1))(behavior, reference):
+        assert (gradient == 0).all()
+
+
+def test_what_stands_in_the_padding_changes_nothing():
+    logprobs, behavior, reference, rewards, mask = make_case()
+    clean = loss_and_gradient(logprobs, behavior, reference, rewards, mask, GRPOSettings(), 4)
+    wild = [jnp.where(mask, x, fill) for x, fill in ((logprobs, -50.0), (behavior, -1e4))]
+    wild_reference = jnp.where(mask, reference, 1e4)
+    longer = [
+        jnp.pad(x, ((0, 0), (0, 0), (0, 3)), constant_values=-9) for x in (*wild, wild_reference)
+    ]
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 3)))
+    loss, metrics, gradient = loss_and_gradient(*longer, rewards, mask, GRPOSettings(), 4)
+    np.testing.assert_allclose(loss, clean[0], rtol=1e-6)
+    np.testing.assert_allclose(gradient[..., :-3], clean[2], rtol=1e-6)
+    assert (gradient[..., -3:] == 0).all()
+    for name, value in clean[1].items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_micro_batches_of_prompts_add_up(parts):
+    case = make_case()
+    loss, metrics, gradient = loss_and_gradient(*case, GRPOSettings(), 4)
+    pieces = [
+        loss_and_gradient(*(leaf[i : i + 4 // parts] for leaf in case), GRPOSettings(), 4)
+        for i in range(0, 4, 4 // parts)
+    ]
+    np.testing.assert_allclose(sum(piece[0] for piece in pieces), loss, rtol=1e-5)
+    np.testing.assert_allclose(
+        np.concatenate([piece[2] for piece in pieces]), gradient, rtol=1e-5, atol=1e-8
+    )
+    for name in metrics:
+        total = sum(piece[1][name] for piece in pieces)
+        np.testing.assert_allclose(total, metrics[name], rtol=1e-5, atol=1e-8)
+
+
+def test_the_order_of_rollouts_and_prompts_does_not_matter():
+    case = make_case()
+    loss, _, gradient = loss_and_gradient(*case, GRPOSettings(), 4)
+    shuffled = [leaf[jnp.array([2, 0, 3, 1])][:, jnp.array([1, 3, 0, 2])] for leaf in case]
+    other, _, moved = loss_and_gradient(*shuffled, GRPOSettings(), 4)
+    np.testing.assert_allclose(other, loss, rtol=1e-5)
+    expected = np.asarray(gradient)[[2, 0, 3, 1]][:, [1, 3, 0, 2]]
+    np.testing.assert_allclose(moved, expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"clip_low": 0.0}, {"clip_low": 1.0}, {"clip_high": 0.0}, {"kl_beta": -0.1}]
+)
+def test_senseless_settings_are_errors(changes):
+    with pytest.raises(ValueError, match="0 < clip_low < 1"):
+        GRPOSettings(**changes)
+
+
+def test_the_papers_constants_are_the_defaults():
+    assert GRPOSettings() == GRPOSettings(clip_low=0.2, clip_high=0.3, kl_beta=0.01)
