@@ -37,7 +37,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
             "depth": 2,
             "policies": 2,
             "train_per_policy": 400,
-            "cot_per_policy": 80,
+            "cot_per_policy": 120,
             "test": 300,
             "width": 168,
             "height": 112,
@@ -75,7 +75,7 @@ def make_optimizer_section(learning_rate: float, warmup_steps: int) -> ConfigDic
 def make_vm_cpt() -> ConfigDict:
     section = make_optimizer_section(1e-4, 5)  # paper: 1e-5 for 7B; a 2M model needs more
     section.epochs = 5  # paper
-    section.batch = 16
+    section.batch = 8
     section.trainable = "all"  # paper: no LoRA
     return section
 
@@ -83,7 +83,7 @@ def make_vm_cpt() -> ConfigDict:
 def make_direct_sft() -> ConfigDict:
     section = make_optimizer_section(1e-3, 5)  # paper: 1e-4 for 7B
     section.epochs = 2  # paper
-    section.batch = 16
+    section.batch = 8
     section.trainable = "lora"
     section.lora_rank = 8  # paper
     section.lora_alpha = 16
