@@ -77,8 +77,9 @@ def crossing(origin, direction, is_cube, is_sphere):
 
     The ray `origin + t direction` is inside for `enter < t < leave` when `enter < leave` and
     `clearance > 0`. Where the ray passes a round solid, `enter` and `leave` still say where it
-    comes closest, which is what a soft shadow wants.
+    comes closest, which is what a soft shadow wants. The two flags are bool, or 0.0 and 1.0.
     """
+    is_cube, is_sphere = is_cube > 0.5, is_sphere > 0.5
     ox, oy, oz = origin
     dx, dy, dz = direction
     ball = jnp.where(is_sphere, 1.0, 0.0)

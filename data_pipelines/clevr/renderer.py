@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.clevr import geometry
-from data_pipelines.clevr.scene import SHAPES, Scene, pack_solids
+from data_pipelines.clevr.scene import Scene, pack_solids
 
 # properties.json "colors": sRGB bytes, used by the generator as linear values / 255.
 RGB = {
@@ -51,12 +51,16 @@ BEHIND = (-0.754490315914154, 0.6563112735748291)  # horizontal view direction, 
 SKY = 0.06  # ours: radiance from above
 AMBIENT = 0.05  # ours: irradiance / pi that bounces between backdrop and ground
 
-BEVEL = {"cube": 0.1, "cylinder": 0.06, "sphere": 0.0}  # ours: SmoothCube_v2, SmoothCylinder
+# ours, after SmoothCube_v2 and SmoothCylinder: radius of the rounded edges; 1 makes the sphere
+BEVEL = {"cube": 0.12, "cylinder": 0.06, "sphere": 1.0}
+ROUNDING_STEPS = 4  # ours: steps from the sharp solid to the rounded one
+RUBBER_ALPHA, RUBBER_GLOSS = 0.35, 0.03  # ours, for Rubber's weak Fresnel gloss
 METAL_ALPHA = (0.1, 0.3)  # ours, for MyMetal's two glossy lobes of roughness 0.1 and 0.45
 METAL_SHARP = 0.6  # MyMetal: share of the first lobe
 
-TILE = 8  # px a side
-CHUNK = 64  # tiles a call
+TILE = 4  # px a side
+CHUNK = 256  # tiles a call
+COARSE_GROUND_PX = 160  # from this width on the ground is shaded at every second pixel
 SLOTS = (6, 10, 16, 32)  # object slots a scene is padded to
 
 
@@ -121,30 +125,36 @@ def _pack(scenes: list[Scene]) -> dict[str, np.ndarray]:
     lamps = np.array(LAMP_POSITION) + jitter
     sun = np.broadcast_to(-SUN_DISTANCE * np.array(SUN_TRAVEL), (len(scenes), 1, 3))
     lamps = np.concatenate([lamps, sun], axis=1).astype(np.float32)
-    return packed | {"color": color, "metal": metal, "bevel": bevel, "lamps": lamps}
+    flags = {name: packed[name].astype(np.float32) for name in ("is_cube", "is_sphere")}
+    return packed | flags | {"color": color, "metal": metal, "bevel": bevel, "lamps": lamps}
 
 
 def _cover(packed, width, height, supersample) -> np.ndarray:
-    """Objects of all scenes, premultiplied linear RGB and coverage: float32 [B, Y, X, 4].
+    """Objects of all scenes, premultiplied linear RGB and coverage: float32 [B, 4, Y, X].
 
     Y and X are rounded up to whole tiles.
     """
     rows, columns = -(-height // TILE), -(-width // TILE)
     scene, row, column = np.nonzero(_touched(packed, width, height, rows, columns))
-    tiles = np.zeros((packed["camera"].shape[0], rows, columns, TILE, TILE, 4), np.float32)
+    tiles = np.zeros((packed["camera"].shape[0], rows, columns, 4, TILE, TILE), np.float32)
     for first in range(0, len(scene), CHUNK):
         part = slice(first, first + CHUNK)
         number = len(scene[part])
         pad = (0, CHUNK - number)
         which, y, x = (np.pad(v[part], pad) for v in (scene, row, column))
-        gathered = {name: value[which] for name, value in packed.items()}
+        # [B, ...] -> [..., 1, K]
+        gathered = {
+            name: np.ascontiguousarray(np.moveaxis(value[which], 0, -1)[..., None, :])
+            for name, value in packed.items()
+        }
         shaded = _shade_tiles(
             gathered, np.float32(x * TILE), np.float32(y * TILE),
             np.float32(width), np.float32(height), supersample=supersample,
         )  # fmt: skip
-        tiles[which[:number], y[:number], x[:number]] = np.asarray(shaded)[:number]
-    # [B, tile row, tile column, y, x, 4] -> [B, Y, X, 4]
-    return tiles.transpose(0, 1, 3, 2, 4, 5).reshape(-1, rows * TILE, columns * TILE, 4)
+        shaded = np.moveaxis(np.asarray(shaded), 3, 0)
+        tiles[which[:number], y[:number], x[:number]] = shaded[:number]
+    # [B, tile row, tile column, 4, y, x] -> [B, 4, Y, X]
+    return tiles.transpose(0, 3, 1, 4, 2, 5).reshape(-1, 4, rows * TILE, columns * TILE)
 
 
 def _touched(packed, width, height, rows, columns) -> np.ndarray:
@@ -171,96 +181,150 @@ def _touched(packed, width, height, rows, columns) -> np.ndarray:
 
 @partial(jax.jit, static_argnames=("supersample",))
 def _shade_tiles(packed, left, top, width, height, *, supersample):
-    """Tiles [K] with their scenes' arrays [K, ...] -> float32 [K, TILE, TILE, 4]."""
-    shade = partial(_shade_tile, width=width, height=height, supersample=supersample)
-    return jax.vmap(shade)(packed, left, top)
+    """Tiles of K scenes: float32 [4, TILE, TILE, K], premultiplied linear RGB and coverage.
 
-
-def _shade_tile(packed, left, top, *, width, height, supersample):
-    side = TILE * supersample
-    ticks = (jnp.arange(side, dtype=jnp.float32) + 0.5) / supersample
-    columns = left + jnp.tile(ticks, side)
-    rows = top + jnp.repeat(ticks, side)
+    `packed` holds the scenes' arrays as [..., 1, K], `left` and `top` are float32 [K] in px.
+    Samples are [S, K], sub-sample by sub-sample, S = supersample^2 * TILE^2: the last axis is
+    long, which is what a CPU's vector units want.
+    """
+    samples, tiles = supersample * supersample, left.shape[0]
+    ticks = jnp.arange(TILE, dtype=jnp.float32)
+    subs = (jnp.arange(supersample, dtype=jnp.float32) + 0.5) / supersample
+    grid = (supersample, supersample, TILE, TILE)  # sub row, sub column, y, x
+    columns = jnp.broadcast_to(ticks + subs[None, :, None, None], grid).reshape(-1, 1) + left[None]
+    rows = jnp.broadcast_to(ticks[:, None] + subs[:, None, None, None], grid).reshape(-1, 1)
+    rows = rows + top[None]
     direction = geometry.ray_directions(columns, rows, packed["axes"], width, height)
     origin = tuple(packed["camera"][i] for i in range(3))
-    depth, one_hot = _nearest(packed, origin, direction, 0.0)
+    depth, found = _nearest(packed, origin, direction, 0.0)
+    solid = _look_up(packed, found)
     hit = jnp.isfinite(depth)
-    depth = jnp.where(hit, depth, 1.0)
-    point = tuple(o + depth * d for o, d in zip(origin, direction))
+    depth, normal, touched = _round_off(solid, origin, direction, jnp.where(hit, depth, 1.0))
+    hit = hit & touched
+    point = tuple(o + depth * d for o, d in zip(origin, direction, strict=True))
+    hit, point, normal, depth = jax.lax.optimization_barrier((hit, point, normal, depth))
     view = _unit(direction)
-    solid = _look_up(packed, one_hot)
-    normal = _normal(solid, point)
-    rubber, lit = _diffuse(packed, point, normal, one_hot)
-    rubber = [solid[f"color{i}"] * rubber[i] for i in range(3)]
-    gloss = _gloss(packed, point, normal, view, lit, 0.35)
-    rubber = [rubber[i] + 0.03 * gloss[i] for i in range(3)]
-    metal = _metal(packed, solid, point, normal, view, lit, one_hot)
-    is_metal = solid["metal"] > 0.5
-    color = [jnp.where(is_metal, metal[i], rubber[i]) for i in range(3)]
-    rgba = jnp.stack([*(jnp.minimum(c, 1.0) for c in color), jnp.ones_like(depth)])
-    rgba = jnp.where(hit, rgba, 0.0)
-    # [4, sample row, sample column] -> [4, y, sub row, x, sub column]
-    rgba = rgba.reshape(4, TILE, supersample, TILE, supersample).mean(axis=(2, 4))
-    return jnp.moveaxis(rgba, 0, -1)
+
+    # shadows change slowly: once a pixel, at its nearest sample
+    by_sample = (samples, TILE * TILE, tiles)
+    far = jnp.where(hit, depth, jnp.inf).reshape(by_sample)
+    chosen = (far == jnp.min(far, axis=0, keepdims=True)) & jnp.isfinite(far)
+    chosen = chosen / jnp.maximum(jnp.sum(chosen, axis=0, keepdims=True), 1)
+
+    def pick(value):
+        return jnp.sum(value.reshape(by_sample) * chosen, axis=0)
+
+    pixel_point, pixel_normal = (tuple(map(pick, v)) for v in (point, normal))
+    pixel_found = jnp.round(pick(found)).astype(jnp.int32)
+    lit, openness = _visibility(packed, pixel_point, pixel_normal, pixel_found)
+    lit = [jnp.tile(v, (samples, 1)) for v in lit]
+    openness = jnp.tile(openness, (samples, 1))
+
+    white = _diffuse(packed, point, normal, lit, openness)
+    gloss = _gloss(packed, point, normal, view, lit, RUBBER_ALPHA)
+    metal = _metal(packed, solid, point, normal, view, lit, found)
+    rgba = [
+        jnp.where(solid["metal"] > 0.5, m, solid[f"color{i}"] * w + RUBBER_GLOSS * g)
+        for i, (m, w, g) in enumerate(zip(metal, white, gloss, strict=True))
+    ]
+    rgba = jnp.stack([*(jnp.minimum(c, 1.0) for c in rgba), jnp.ones_like(depth)])
+    rgba = jnp.where(hit[None], rgba, 0.0).reshape(4, *by_sample).mean(axis=1)
+    return rgba.reshape(4, TILE, TILE, tiles)
 
 
-def _column(packed, name):
-    return packed[name][:, None]
+OBJECT_FIELDS = (
+    "x", "y", "z", "radius", "inverse_radius", "cosine", "sine", "metal", "bevel",
+    "is_cube", "is_sphere", "color0", "color1", "color2",
+)  # fmt: skip
 
 
-def _local(packed, vector):
-    """World vector (three [S] or scalars) -> every object's frame, three [slots, S]."""
-    turn = (_column(packed, name) for name in ("cosine", "sine", "inverse_radius"))
-    return geometry.to_local(vector, *turn)
+def _object(packed, n) -> dict:
+    """The n-th slot's numbers, as scalars; n may be traced."""
+    fields = packed | {f"color{i}": packed["color"][:, i] for i in range(3)}
+    return {
+        name: jax.lax.dynamic_index_in_dim(fields[name], n, keepdims=False)
+        for name in OBJECT_FIELDS
+    }
 
 
-def _local_point(packed, point):
-    return _local(packed, tuple(point[i] - _column(packed, a) for i, a in enumerate("xyz")))
+def _each_object(packed, body, start):
+    """Fold `body(n, object, carry)` over the slots.
+
+    A device loop on purpose: what was computed before it is computed once. With an axis (or a
+    Python loop) of objects, XLA on a CPU fuses it into every object's turn and repeats it.
+    """
+    slots = packed["x"].shape[0]
+    return jax.lax.fori_loop(0, slots, lambda n, c: body(n, _object(packed, n), c), start)
 
 
-def _nearest(packed, origin, direction, nearest, exclude=None):
-    """(ray parameter [S], inf without a hit; one-hot of the object hit, float32 [slots, S])."""
-    depths = geometry.first_hit(
-        _local_point(packed, origin), _local(packed, direction),
-        _column(packed, "is_cube"), _column(packed, "is_sphere"), nearest,
-    )  # fmt: skip
-    if exclude is not None:
-        depths = jnp.where(exclude > 0.5, jnp.inf, depths)
-    depth = jnp.min(depths, axis=0)
-    one_hot = ((depths == depth) & jnp.isfinite(depths)).astype(jnp.float32)
-    return depth, one_hot
+def _nearest(packed, origin, direction, nearest, exclude=-1):
+    """(ray parameter, inf without a hit; slot of the object hit, -1 without), each [S].
+
+    `exclude` is a slot, or one for each ray, that the ray passes through.
+    """
+
+    def body(n, o, carry):
+        depth, found = carry
+        start, step = _own_point(o, origin), _own_frame(o, direction)
+        mine = geometry.first_hit(start, step, o["is_cube"], o["is_sphere"], nearest)
+        mine = jnp.where(exclude == n, jnp.inf, mine)
+        return jnp.minimum(depth, mine), jnp.where(mine < depth, n, found)
+
+    shape = direction[0].shape
+    start = (jnp.full(shape, jnp.inf, jnp.float32), jnp.full(shape, -1, jnp.int32))
+    return _each_object(packed, body, start)
 
 
-LOOKS = ("x", "y", "z", "radius", "inverse_radius", "cosine", "sine", "metal", "bevel")
+def _look_up(packed, found) -> dict:
+    """The numbers of the object in slot `found`, each float32 [S]; 0 where it is -1."""
+
+    def body(n, o, carry):
+        return {name: jnp.where(found == n, o[name], carry[name]) for name in OBJECT_FIELDS}
+
+    zero = jnp.zeros(found.shape, jnp.float32)
+    return _each_object(packed, body, {name: zero for name in OBJECT_FIELDS})
 
 
-def _look_up(packed, one_hot):
-    """The hit object's numbers, each [S]."""
-    table = jnp.stack(
-        [packed[name] for name in LOOKS]
-        + [packed[name].astype(jnp.float32) for name in ("is_cube", "is_sphere")]
-        + [packed["color"][:, i] for i in range(3)]
-    )
-    found = jnp.einsum("an,ns->as", table, one_hot)
-    names = (*LOOKS, "is_cube", "is_sphere", "color0", "color1", "color2")
-    return dict(zip(names, found))
-
-
-def _normal(solid, point):
-    """Unit normal of a solid at a surface point, rounded over the bevel near edges."""
-    offset = tuple(point[i] - solid[a] for i, a in enumerate("xyz"))
-    q = geometry.to_local(offset, solid["cosine"], solid["sine"], solid["inverse_radius"])
+def _rounding(solid, q):
+    """Vector from the solid's inner core to a local point; as long as the bevel on the surface."""
     inner = 1.0 - solid["bevel"]
-    cube = tuple(jnp.sign(v) * jnp.maximum(jnp.abs(v) - inner, 0.0) for v in q)
+    box = tuple(jnp.sign(v) * jnp.maximum(jnp.abs(v) - inner, 0.0) for v in q)
     ring = jnp.sqrt(jnp.maximum(q[0] * q[0] + q[1] * q[1], 1e-12))
     outward = jnp.maximum(ring - inner, 0.0) / ring
-    cylinder = (q[0] * outward, q[1] * outward, cube[2])
-    is_cube, is_sphere = solid["is_cube"] > 0.5, solid["is_sphere"] > 0.5
-    x, y, z = (
-        jnp.where(is_cube, a, jnp.where(is_sphere, b, c)) for a, b, c in zip(cube, q, cylinder)
+    is_cylinder = solid["is_cube"] + solid["is_sphere"] < 0.5
+    return (
+        jnp.where(is_cylinder, q[0] * outward, box[0]),
+        jnp.where(is_cylinder, q[1] * outward, box[1]),
+        box[2],
     )
+
+
+def _world_normal(solid, core):
+    """Local direction of `_rounding` -> unit world vector."""
     c, s = solid["cosine"], solid["sine"]
-    return _unit((c * x - s * y, s * x + c * y, z))
+    return _unit((c * core[0] - s * core[1], s * core[0] + c * core[1], core[2]))
+
+
+def _own_frame(solid, vector):
+    return geometry.to_local(vector, solid["cosine"], solid["sine"], solid["inverse_radius"])
+
+
+def _own_point(solid, point):
+    return _own_frame(solid, tuple(point[i] - solid[a] for i, a in enumerate("xyz")))
+
+
+def _round_off(solid, origin, direction, depth):
+    """March from the sharp solid's entry to the rounded one: (depth, normal, touched), each [S]."""
+    start = _own_point(solid, origin)
+    step = _own_frame(solid, direction)
+    per_length = jax.lax.rsqrt(jnp.maximum(_dot(step, step), 1e-12))
+    core = gap = None
+    for i in range(ROUNDING_STEPS + 1):
+        core = _rounding(solid, tuple(o + depth * d for o, d in zip(start, step, strict=True)))
+        gap = jnp.sqrt(jnp.maximum(_dot(core, core), 1e-12)) - solid["bevel"]
+        if i < ROUNDING_STEPS:
+            depth = depth + gap * per_length
+    return depth, _world_normal(solid, core), gap < 0.01
 
 
 def _dot(a, b):
@@ -286,59 +350,61 @@ def _lamp(packed, index, point):
     return toward, distance, LAMP_WATT[index] / jnp.pi**2 * facing * inverse * inverse
 
 
-def _shadow(packed, point, toward, distance, half_size, exclude=None):
-    """Share of a lamp that is visible from points, float32 [S].
+def _shadow(o, point, toward, distance, half_size):
+    """Share of a lamp that one object leaves visible from points, float32 [S].
 
-    For each object: the ray's depth below its surface (positive outside) where the ray comes
-    closest, against the half width that the lamp's cone has there.
+    The gap between ray and surface (negative inside) where the ray comes closest, against the
+    half width that the cone from the point to the lamp has there.
     """
-    origin, step = _local_point(packed, point), _local(packed, toward)
-    is_cube, is_sphere = _column(packed, "is_cube"), _column(packed, "is_sphere")
-    enter, leave, _ = geometry.crossing(origin, step, is_cube, is_sphere)
+    origin, step = _own_point(o, point), _own_frame(o, toward)
+    enter, leave, _ = geometry.crossing(origin, step, o["is_cube"], o["is_sphere"])
     middle = jnp.clip(0.5 * (enter + leave), 0.0, distance)
-    x, y, z = (o + middle * d for o, d in zip(origin, step))
+    x, y, z = (p + middle * d for p, d in zip(origin, step, strict=True))
     flat = x * x + y * y
-    round_gap = jnp.sqrt(jnp.where(is_sphere, flat + z * z, flat)) - 1.0
+    round_gap = jnp.sqrt(jnp.where(o["is_sphere"] > 0.5, flat + z * z, flat)) - 1.0
     square_gap = jnp.maximum(jnp.abs(x), jnp.abs(y)) - 1.0
-    gap = jnp.where(is_cube, square_gap, round_gap)
-    gap = jnp.where(is_sphere, gap, jnp.maximum(gap, jnp.abs(z) - 1.0))
-    spread = half_size * middle / distance * _column(packed, "inverse_radius") + 0.02
+    gap = jnp.where(o["is_cube"] > 0.5, square_gap, round_gap)
+    gap = jnp.where(o["is_sphere"] > 0.5, gap, jnp.maximum(gap, jnp.abs(z) - 1.0))
+    spread = half_size * middle / distance * o["inverse_radius"] + 0.02
     share = jnp.clip(0.5 + 0.5 * gap / spread, 0.0, 1.0)
-    share = share * share * (3.0 - 2.0 * share)
-    if exclude is not None:
-        share = jnp.where(exclude > 0.5, 1.0, share)
-    return jnp.prod(share, axis=0)
+    return share * share * (3.0 - 2.0 * share)
 
 
 HALF_SIZE = (*LAMP_HALF_SIZE, SUN_HALF_SIZE)
 LIGHT_RGB = (*LAMP_RGB, (1.0, 1.0, 1.0))
 
 
-def _openness(packed, point, normal, exclude=None):
-    """Share of the sky left open by the objects around, float32 [S] (spheres of equal size)."""
-    offset = tuple(_column(packed, a) - point[i] for i, a in enumerate("xyz"))
-    square = _dot(offset, offset)
-    radius = _column(packed, "radius")
+def _openness(o, point, normal):
+    """Share of the sky that one object leaves open, float32 [S] (as a sphere of equal size)."""
+    offset = tuple(o[a] - point[i] for i, a in enumerate("xyz"))
+    square, reach = _dot(offset, offset), o["radius"] * o["radius"]
     toward = _dot(offset, normal) * jax.lax.rsqrt(square)
-    blocked = jnp.maximum(toward, 0.0) * radius * radius / jnp.maximum(square, radius * radius)
-    if exclude is not None:
-        blocked = jnp.where(exclude > 0.5, 0.0, blocked)
-    return jnp.prod(1.0 - 0.9 * blocked, axis=0)
+    return 1.0 - 0.9 * jnp.maximum(toward, 0.0) * reach / jnp.maximum(square, reach)
 
 
-def _diffuse(packed, point, normal, exclude=None):
-    """(light that a white matte surface sends back, three [S]; visibility of each lamp)."""
-    total = [0.0, 0.0, 0.0]
-    lit = []
-    for index in range(4):
-        toward, distance, strength = _lamp(packed, index, point)
-        lamp_lit = _shadow(packed, point, toward, distance, HALF_SIZE[index], exclude)
-        amount = strength * lamp_lit * jnp.maximum(_dot(normal, toward), 0.0)
-        total = [t + LIGHT_RGB[index][i] * amount for i, t in enumerate(total)]
-        lit.append(lamp_lit)
+def _visibility(packed, point, normal, exclude=-1):
+    """(share of each of the four lamps that is visible, share of the sky), each [S]."""
+    rays = [_lamp(packed, index, point)[:2] for index in range(4)]
+
+    def body(n, o, carry):
+        shares = [_shadow(o, point, *ray, half) for ray, half in zip(rays, HALF_SIZE, strict=True)]
+        shares.append(_openness(o, point, normal))
+        return [c * jnp.where(exclude == n, 1.0, s) for c, s in zip(carry, shares, strict=True)]
+
+    *lit, openness = _each_object(packed, body, [jnp.ones(point[0].shape, jnp.float32)] * 5)
+    return lit, openness
+
+
+def _diffuse(packed, point, normal, lit, openness):
+    """Light that a white matte surface sends back, three [S]."""
     sky = 0.5 + 0.5 * normal[2]
-    around = AMBIENT * (sky + (1 - sky) * 2.0) * _openness(packed, point, normal, exclude)
-    return [t + around for t in total], lit
+    around = AMBIENT * (sky + 2.0 * (1.0 - sky)) * openness
+    total = [around, around, around]
+    for index in range(4):
+        toward, _, strength = _lamp(packed, index, point)
+        amount = strength * lit[index] * jnp.maximum(_dot(normal, toward), 0.0)
+        total = [t + LIGHT_RGB[index][i] * amount for i, t in enumerate(total)]
+    return total
 
 
 def _gloss(packed, point, normal, view, lit, alpha):
@@ -346,7 +412,7 @@ def _gloss(packed, point, normal, view, lit, alpha):
     total = [0.0, 0.0, 0.0]
     for index in range(4):
         toward, distance, strength = _lamp(packed, index, point)
-        half = _unit(tuple(t - v for t, v in zip(toward, view)))
+        half = _unit(tuple(t - v for t, v in zip(toward, view, strict=True)))
         wide = alpha + 0.5 * HALF_SIZE[index] / distance  # the lamp's own size blurs the lobe
         square = wide * wide
         cosine = jnp.maximum(_dot(normal, half), 0.0)
@@ -363,13 +429,16 @@ def _surroundings(packed, point, direction):
     down = direction[2] < -1e-3
     reach = jnp.where(down, -point[2] / jnp.minimum(direction[2], -1e-3), 0.0)
     reach = jnp.minimum(reach, 30.0)
-    floor = tuple(p + reach * d for p, d in zip(point, direction))
+    floor = tuple(p + reach * d for p, d in zip(point, direction, strict=True))
     total = [0.0, 0.0, 0.0]
     for index in range(4):
         toward, _, strength = _lamp(packed, index, floor)
         amount = strength * jnp.maximum(toward[2], 0.0)
         total = [t + LIGHT_RGB[index][i] * amount for i, t in enumerate(total)]
-    near = _openness(packed, floor, (0.0, 0.0, 1.0))
+    up = (0.0, 0.0, 1.0)
+    near = _each_object(
+        packed, lambda _, o, c: c * _openness(o, floor, up), jnp.ones(point[0].shape, jnp.float32)
+    )
     floor_light = [GROUND_ALBEDO * (t + AMBIENT) * near for t in total]
     behind = BEHIND[0] * direction[0] + BEHIND[1] * direction[1]
     wall = SKY * (1.0 + jnp.maximum(behind, 0.0)) * jnp.clip(1.3 - direction[2], 0.0, 1.0)
@@ -377,16 +446,16 @@ def _surroundings(packed, point, direction):
     return [wall + blend * (f - wall) for f in floor_light]
 
 
-def _metal(packed, solid, point, normal, view, lit, one_hot):
+def _metal(packed, solid, point, normal, view, lit, found):
     """Two glossy lobes, tinted: what the sharp one mirrors, what the broad one gathers."""
     slope = 2.0 * _dot(view, normal)
-    mirror = tuple(v - slope * n for v, n in zip(view, normal))
+    mirror = tuple(v - slope * n for v, n in zip(view, normal, strict=True))
     seen = _surroundings(packed, point, mirror)
-    depth, other = _nearest(packed, point, mirror, 1e-3, exclude=one_hot)
+    depth, other = _nearest(packed, point, mirror, 1e-3, exclude=found)
     hit = jnp.isfinite(depth)
     neighbour = _look_up(packed, other)
-    there = tuple(p + jnp.where(hit, depth, 1.0) * m for p, m in zip(point, mirror))
-    its_normal = _normal(neighbour, there)
+    there = tuple(p + jnp.where(hit, depth, 1.0) * m for p, m in zip(point, mirror, strict=True))
+    its_normal = _world_normal(neighbour, _rounding(neighbour, _own_point(neighbour, there)))
     its_light = [AMBIENT, AMBIENT, AMBIENT]
     for index in range(4):
         toward, _, strength = _lamp(packed, index, there)
@@ -404,10 +473,11 @@ def _metal(packed, solid, point, normal, view, lit, one_hot):
     return color
 
 
-def _pixel_rays(packed, width, height):
-    """Directions through all pixel centres, three [Y * X]."""
-    columns = jnp.tile(jnp.arange(width, dtype=jnp.float32) + 0.5, height)
-    rows = jnp.repeat(jnp.arange(height, dtype=jnp.float32) + 0.5, width)
+def _pixel_rays(packed, width, height, step=1):
+    """Directions through the centres of step x step px cells, three [rows * columns]."""
+    columns = (jnp.arange(-(-width // step), dtype=jnp.float32) + 0.5) * step
+    rows = (jnp.arange(-(-height // step), dtype=jnp.float32) + 0.5) * step
+    columns, rows = jnp.tile(columns, rows.size), jnp.repeat(rows, columns.size)
     return geometry.ray_directions(columns, rows, packed["axes"], width, height)
 
 
@@ -427,7 +497,7 @@ def _backdrop(origin, direction):
     root = jnp.sqrt(jnp.maximum(half_slope * half_slope - square * offset, 0.0))
     rising = (direction[2] >= 0) | (start + reach * behind > 0)
     reach = jnp.where(rising, (root - half_slope) / square, reach)
-    point = tuple(o + reach * d for o, d in zip(origin, direction))
+    point = tuple(o + reach * d for o, d in zip(origin, direction, strict=True))
     lean = jnp.where(rising, (start + reach * behind) / -BACKDROP_RADIUS, 0.0)
     up = jnp.sqrt(jnp.maximum(1.0 - lean * lean, 0.0))
     return point, (lean * BEHIND[0], lean * BEHIND[1], up)
@@ -435,15 +505,31 @@ def _backdrop(origin, direction):
 
 @partial(jax.jit, static_argnames=("width", "height"))
 def _finish(packed, cover, *, width, height):
-    """One scene's ground under its tiles: float32 [Y, X, 4] -> uint8 [Y, X, 3]."""
-    direction = _pixel_rays(packed, width, height)
+    """One scene's ground under its tiles: float32 [4, Y, X] -> uint8 [Y, X, 3]."""
+    step = 2 if width >= COARSE_GROUND_PX else 1
+    direction = _pixel_rays(packed, width, height, step)
     origin = tuple(packed["camera"][i] for i in range(3))
     point, normal = _backdrop(origin, direction)
-    light, _ = _diffuse(packed, point, normal)
-    ground = GROUND_ALBEDO * jnp.stack(light, axis=-1).reshape(height, width, 3)
-    over = cover[:height, :width]
-    linear = over[..., :3] + (1.0 - over[..., 3:]) * ground
-    return jnp.round(255.0 * _to_srgb(linear)).astype(jnp.uint8)
+    light = _diffuse(packed, point, normal, *_visibility(packed, point, normal))
+    ground = GROUND_ALBEDO * jnp.stack(light).reshape(3, -(-height // step), -(-width // step))
+    if step == 2:
+        ground = _double(_double(ground, 1), 2)[:, :height, :width]
+    over = cover[:, :height, :width]
+    linear = over[:3] + (1.0 - over[3:]) * ground
+    return jnp.moveaxis(jnp.round(255.0 * _to_srgb(linear)).astype(jnp.uint8), 0, -1)
+
+
+def _double(image, axis):
+    """Twice as many samples along an axis of [3, rows, columns], linear between cell centres."""
+    size = image.shape[axis]
+    pad = [(0, 0)] * 3
+    pad[axis] = (1, 1)
+    padded = jnp.pad(image, pad, mode="edge")
+    before = 0.75 * image + 0.25 * jax.lax.slice_in_dim(padded, 0, size, axis=axis)
+    after = 0.75 * image + 0.25 * jax.lax.slice_in_dim(padded, 2, size + 2, axis=axis)
+    shape = list(image.shape)
+    shape[axis] = 2 * size
+    return jnp.stack([before, after], axis=axis + 1).reshape(shape)  # cell, half -> sample
 
 
 def _to_srgb(linear):
@@ -458,6 +544,5 @@ def _mask(packed, width, height):
     """One scene: int32 [Y, X]."""
     direction = _pixel_rays(packed, width, height)
     origin = tuple(packed["camera"][i] for i in range(3))
-    _, one_hot = _nearest(packed, origin, direction, 0.0)
-    number = jnp.arange(1, one_hot.shape[0] + 1, dtype=jnp.float32)
-    return jnp.einsum("n,ns->s", number, one_hot).astype(jnp.int32).reshape(height, width)
+    _, found = _nearest(packed, origin, direction, 0.0)
+    return (found + 1).reshape(height, width)
