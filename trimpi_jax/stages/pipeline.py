@@ -225,7 +225,7 @@ def run_supervised(this: Run, params: Any, stage: str, folder: Path) -> Any:
     data = this.workdir / "data"
     steps = max(1, round(settings.epochs * split_count(data, split) / settings.batch))
     model = this.model
-    trainable = settings.trainable
+    trainable, scale = settings.trainable, 1.0
     if trainable == "lora":
         scale = settings.lora_alpha / settings.lora_rank
         model = dataclasses.replace(model, text=dataclasses.replace(model.text, lora_scale=scale))
