@@ -1,14 +1,18 @@
 r"""From a tree and a scene to words: policy text, query, chain of thought, answer.
 
     policy   The policy of L2-Karitu. Start at Condition 1 with every object in focus. ...
-             # Condition 1: Is there any object with color red in focus?
+             # Condition 1: any color red?
              - True: go to Condition 1.1
              - False: respond with Case 2
     query    According to the policy L2-Karitu, what should be the response for the given image? ...
     cot      I see: red small metal cube, blue large rubber sphere.
-             Condition 1: any color red? True: red small metal cube. Go to Condition 1.1
-             Condition 1.1: any shape cube? True: red small metal cube. Respond with Case 3
+             Condition 1: any color red? red small metal cube. True: go to Condition 1.1
+             Condition 1.1: any shape cube? red small metal cube. True: respond with Case 3
     answer   Case 3
+
+A line of the chain of thought repeats the policy's words as they stand, with what is seen between
+the question and its consequence: to follow a policy is then to copy the right lines of it, which is
+what attention learns first.
 
 The chain of thought names the objects first, so that seeing and reasoning can be told apart when an
 answer is wrong. It names them by colour, not by place: what a model attends to in an image is
@@ -41,8 +45,7 @@ FORMAT_INSTRUCTION = (
 def policy_text(tree: PolicyTree) -> str:
     """The policy document of a tree: instruction, name, one section per decision node."""
     sections = [
-        f"# Condition {node.section}: Is there any object with {node.attribute} {node.value}"
-        f" in focus?\n- True: {_go_to(node.if_true)}\n- False: {_go_to(node.if_false)}"
+        f"# {_question(node)}\n- True: {_go_to(node.if_true)}\n- False: {_go_to(node.if_false)}"
         for node in iter_conditions(tree.root)
     ]
     instruction = (
@@ -87,12 +90,9 @@ def chain_of_thought(tree: PolicyTree, objects: Sequence[SceneObject]) -> str:
     lines = [f"I see: {describe_objects(objects)}."]
     for visit in visits:
         node = visit.condition
-        seen = f"True: {describe_objects(visit.focus)}." if visit.answer else "False."
         child = node.if_true if visit.answer else node.if_false
-        lines.append(
-            f"Condition {node.section}: any {node.attribute} {node.value}?"
-            f" {seen} {_capitalized(_go_to(child))}"
-        )
+        seen = describe_objects(visit.focus) if visit.answer else "none"
+        lines.append(f"{_question(node)} {seen}. {visit.answer}: {_go_to(child)}")
     return "\n".join(lines)
 
 
@@ -113,5 +113,5 @@ def _go_to(node: Condition | Case) -> str:
     return f"go to Condition {node.section}"
 
 
-def _capitalized(text: str) -> str:
-    return text[0].upper() + text[1:]
+def _question(node: Condition) -> str:
+    return f"Condition {node.section}: any {node.attribute} {node.value}?"
