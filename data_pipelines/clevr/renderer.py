@@ -257,7 +257,7 @@ def _each_object(packed, body, start):
     return jax.lax.fori_loop(0, slots, lambda n, c: body(n, _object(packed, n), c), start)
 
 
-def _nearest(packed, origin, direction, nearest, exclude=-1):
+def _nearest(packed, origin, direction, nearest, exclude: jax.Array | int = -1):
     """(ray parameter, inf without a hit; slot of the object hit, -1 without), each [S].
 
     `exclude` is a slot, or one for each ray, that the ray passes through.
@@ -318,7 +318,7 @@ def _round_off(solid, origin, direction, depth):
     start = _own_point(solid, origin)
     step = _own_frame(solid, direction)
     per_length = jax.lax.rsqrt(jnp.maximum(_dot(step, step), 1e-12))
-    core = gap = None
+    core, gap = start, depth  # replaced in the first round
     for i in range(ROUNDING_STEPS + 1):
         core = _rounding(solid, tuple(o + depth * d for o, d in zip(start, step, strict=True)))
         gap = jnp.sqrt(jnp.maximum(_dot(core, core), 1e-12)) - solid["bevel"]
@@ -382,7 +382,7 @@ def _openness(o, point, normal):
     return 1.0 - 0.9 * jnp.maximum(toward, 0.0) * reach / jnp.maximum(square, reach)
 
 
-def _visibility(packed, point, normal, exclude=-1):
+def _visibility(packed, point, normal, exclude: jax.Array | int = -1):
     """(share of each of the four lamps that is visible, share of the sky), each [S]."""
     rays = [_lamp(packed, index, point)[:2] for index in range(4)]
 
