@@ -1,5 +1,7 @@
 """The GRPO loss: every term with numbers on paper, and what must not change the loss."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,6 +84,7 @@ def make_case(seed=0, prompts=4, rollouts=4, tokens=5):
     )
 
 
+@functools.partial(jax.jit, static_argnums=(5, 6))
 def loss_and_gradient(logprobs, behavior, reference, rewards, mask, settings, num_prompts):
     def loss_of(x):
         return grpo_loss(x, behavior, reference, rewards, mask, settings, num_prompts)

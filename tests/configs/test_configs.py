@@ -1,0 +1,130 @@
+"""Every row of the paper's table builds its config; a wrong name or key is told, not ignored."""
+
+import sys
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from configs import nano, nano_base
+from configs.methods import METHODS, NOT_YET, POLICY_ROLLOUT, parse_method
+from data_pipelines.clevr_policy.dataset import ClevrPolicySettings
+from trimpi_jax.grading.answers import RewardWeights
+from trimpi_jax.objectives.grpo import GRPOSettings
+from trimpi_jax.rollouts.sampler import SamplerSettings
+from trimpi_jax.stages.pipeline import optimizer_settings
+from trimpi_jax.stages.train_state import TRAINABLE
+
+STAGES = ("vm_cpt", "direct_sft", "cot_sft", "rl")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_builds_its_config(method):
+    config = nano.get_config(f"method={method}")
+    assert config.method == method
+    assert config.stages == METHODS[method]
+    assert [stage for stage in STAGES if stage in config] == list(config.stages)  # no other section
+    ClevrPolicySettings(**config.data.to_dict())
+    for stage in config.stages:
+        assert optimizer_settings(config[stage], 10).learning_rate > 0
+        assert config[stage].trainable in TRAINABLE
+    assert config.name == f"nano-{method}"
+
+
+@pytest.mark.parametrize("method", [m for m, stages in METHODS.items() if "rl" in stages])
+def test_the_rl_section_is_what_its_parts_take(method):
+    section = nano.get_config(f"method={method}").rl
+    assert section.policy_rollout == (method in POLICY_ROLLOUT)
+    assert GRPOSettings(section.clip_low, section.clip_high, section.kl_beta) == GRPOSettings()
+    weights = RewardWeights(section.accuracy_weight, section.format_weight)
+    assert weights == RewardWeights()
+    SamplerSettings(section.group_size, 1, section.temperature, section.top_p)
+    assert section.prompts % section.update_prompts == 0
+
+
+def test_a_method_without_rl_has_no_rl_section():
+    config = nano.get_config("method=cot_sft")
+    assert "rl" not in config
+    assert "vm_cpt" not in config
+    assert config.cot_sft.trainable == "lora"
+
+
+def test_in_context_trains_nothing():
+    assert nano.get_config("method=in_context").stages == ()
+
+
+def test_the_default_is_the_papers_method():
+    assert parse_method(None) == parse_method("") == "trimpi_poro_grpo"
+    assert METHODS["trimpi_poro_grpo"] == ("vm_cpt", "cot_sft", "rl")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("method=trimpi_poro_grop", "did you mean trimpi_poro_grpo"),
+        ("method=cot_stf", "did you mean cot_sft"),
+        ("method=xyzzy", "unknown method 'xyzzy'"),
+        ("cot_sft", "the config argument is method=NAME, got 'cot_sft'"),
+        ("metod=cot_sft", "the config argument is method=NAME"),
+        ("method=", "the config argument is method=NAME"),
+    ],
+)
+def test_a_wrong_argument_is_told(argument, message):
+    with pytest.raises(ValueError, match=message):
+        nano.get_config(argument)
+
+
+@pytest.mark.parametrize("method", sorted(NOT_YET))
+def test_rows_with_dynamic_sampling_are_refused(method):
+    with pytest.raises(ValueError, match=f"method {method} needs dynamic sampling"):
+        nano.get_config(f"method={method}")
+    assert method not in METHODS
+
+
+def parse(monkeypatch, *arguments):
+    """The config as the command line would make it."""
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values)
+    command = ["train", *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    values(command)
+    return holder.value
+
+
+FILE = nano.__file__
+
+
+def test_an_override_reaches_its_key(monkeypatch):
+    config = parse(monkeypatch, f"--config={FILE}", "--config.rl.group_size=4")
+    assert config.rl.group_size == 4
+    assert config.rl.prompts == nano.get_config().rl.prompts
+
+
+@pytest.mark.parametrize(
+    ("argument", "override"),
+    [
+        ("", "--config.rl.grup_size=4"),  # no such key
+        ("", "--config.seeed=1"),
+        ("", "--config.direct_sft.batch=4"),  # no such stage in this method
+        (":method=cot_sft", "--config.rl.group_size=4"),
+    ],
+)
+def test_an_unknown_key_is_refused(monkeypatch, argument, override):
+    with pytest.raises((AttributeError, KeyError)):
+        parse(monkeypatch, f"--config={FILE}{argument}", override)
+
+
+def test_a_value_of_another_type_is_refused(monkeypatch):
+    with pytest.raises((flags.IllegalFlagValueError, TypeError, ValueError)):
+        parse(monkeypatch, f"--config={FILE}", "--config.rl.group_size=many")
+
+
+def test_the_base_models_config_is_consistent():
+    config = nano_base.get_config()
+    assert config.kind == "nano_base"
+    ends = [phase.until for phase in config.train.phases]
+    assert ends == sorted(ends)
+    assert ends[-1] == 1.0
+    assert all(sum(phase.shares) == pytest.approx(1.0) for phase in config.train.phases)
+    assert config.scenes.width * config.scenes.height <= config.model.max_pixels
+    assert 2 * sum(config.model.mrope_section) == config.model.head_width
