@@ -27,7 +27,7 @@ TREE = PolicyTree(
 )
 
 _SECTION = re.compile(
-    r"# Condition (?P<section>[\d.]+): .* (?P<attribute>\w+) (?P<value>\w+) in focus\?\n"
+    r"# Condition (?P<section>[\d.]+): any (?P<attribute>\w+) (?P<value>\w+)\?\n"
     r"- True: (?P<yes>.*)\n- False: (?P<no>.*)"
 )
 

@@ -24,13 +24,13 @@ SEEDS = st.integers(0, 2**32 - 1)
 POLICY = """\
 The policy of L2-Karitu. Start at Condition 1 with every object in focus. After True only the \
 matching objects stay in focus; after False the focus stays.
-# Condition 1: Is there any object with color red in focus?
+# Condition 1: any color red?
 - True: go to Condition 1.1
 - False: go to Condition 1.2
-# Condition 1.1: Is there any object with shape cube in focus?
+# Condition 1.1: any shape cube?
 - True: respond with Case 3
 - False: respond with Case 1
-# Condition 1.2: Is there any object with size small in focus?
+# Condition 1.2: any size small?
 - True: respond with Case 4
 - False: respond with Case 2"""
 
@@ -41,14 +41,14 @@ QUERY = (
 
 YES_YES = """\
 I see: red small metal cube, red large rubber cylinder, blue large rubber sphere.
-Condition 1: any color red? True: red small metal cube, red large rubber cylinder. \
-Go to Condition 1.1
-Condition 1.1: any shape cube? True: red small metal cube. Respond with Case 3"""
+Condition 1: any color red? red small metal cube, red large rubber cylinder. \
+True: go to Condition 1.1
+Condition 1.1: any shape cube? red small metal cube. True: respond with Case 3"""
 
 NO_YES = """\
 I see: blue large rubber sphere, green small rubber cube.
-Condition 1: any color red? False. Go to Condition 1.2
-Condition 1.2: any size small? True: green small rubber cube. Respond with Case 4"""
+Condition 1: any color red? none. False: go to Condition 1.2
+Condition 1.2: any size small? green small rubber cube. True: respond with Case 4"""
 
 
 def test_the_policy_document():
@@ -109,16 +109,15 @@ def test_the_chain_of_thought_follows_the_document(seed, depth, objects):
     steps = cot.splitlines()[1:]
     assert len(steps) == len(visits)
     for step, visit in zip(steps, visits, strict=True):
-        section = visit.condition.section
-        assert step.startswith(f"Condition {section}: any ")
-        assert f"# Condition {section}: " in policy
-        assert (" True: " in step) == visit.answer
-        # each step ends with what the document's line for this answer says
-        line = step.split(". ")[-1]
-        after = policy.split(f"# Condition {section}: ")[1]
-        rule = after.split(f"- {visit.answer}: ")[1].splitlines()[0]
-        assert line.lower() == rule.lower()
-    assert steps[-1].endswith(f"Respond with {wording.answer(case)}")
+        # the question and the consequence are lines of the document as they stand
+        title = f"Condition {visit.condition.section}: "
+        question, *consequences = policy.split(f"# {title}")[1].splitlines()[:3]
+        assert step.startswith(f"{title}{question} ")
+        said = step.split(". ")[-1]
+        assert f"- {said}" in consequences
+        assert said.startswith(f"{visit.answer}: ")
+        assert ("? none. " in step) == (not visit.answer)
+    assert steps[-1].endswith(f": respond with {wording.answer(case)}")
 
 
 @settings(max_examples=30, deadline=None)

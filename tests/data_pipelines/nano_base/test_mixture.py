@@ -99,7 +99,7 @@ def test_policies_are_never_of_the_evaluated_half_and_their_answers_are_right():
         assert example.answer == f"Case {case}"
         assert example.meta["path"] == [visit.condition.section for visit in visits]
         assert example.cot == example.meta["gold_cot"]
-        assert example.cot.endswith(f"Respond with {example.answer}")
+        assert example.cot.endswith(f": respond with {example.answer}")
     assert set(depths) == {1, 2, 3}
 
 
