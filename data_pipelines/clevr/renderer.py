@@ -191,8 +191,13 @@ def _shade_tiles(packed, left, top, width, height, *, supersample):
     ticks = jnp.arange(TILE, dtype=jnp.float32)
     subs = (jnp.arange(supersample, dtype=jnp.float32) + 0.5) / supersample
     grid = (supersample, supersample, TILE, TILE)  # sub row, sub column, y, x
-    columns = jnp.broadcast_to(ticks + subs[None, :, None, None], grid).reshape(-1, 1) + left[None]
-    rows = jnp.broadcast_to(ticks[:, None] + subs[:, None, None, None], grid).reshape(-1, 1)
+    columns = (
+        jnp.broadcast_to(ticks[None, None, None] + subs[None, :, None, None], grid).reshape(-1, 1)
+        + left[None]
+    )
+    rows = jnp.broadcast_to(ticks[None, None, :, None] + subs[:, None, None, None], grid).reshape(
+        -1, 1
+    )
     rows = rows + top[None]
     direction = geometry.ray_directions(columns, rows, packed["axes"], width, height)
     origin = tuple(packed["camera"][i] for i in range(3))
