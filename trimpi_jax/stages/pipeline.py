@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,8 @@ def run_supervised(this: Run, params: Any, stage: str, folder: Path) -> Any:
     if trainable == "lora":
         scale = settings.lora_alpha / settings.lora_rank
         model = dataclasses.replace(model, text=dataclasses.replace(model.text, lora_scale=scale))
-        key = jax.random.fold_in(jax.random.key(this.config.seed), len(folder.name))
+        key = jax.random.key(this.config.seed)
+        key = jax.random.fold_in(key, zlib.crc32(stage.encode()))
         params = add_lora(params, model, key, settings.lora_rank)
     optimizer = make_optimizer(optimizer_settings(settings, steps))
     state = init_train_state(params, optimizer, trainable)
