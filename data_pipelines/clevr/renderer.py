@@ -3,8 +3,8 @@
 A picture is made in three steps, two of them jitted:
 
     host    which TILE x TILE px tiles can show an object at all (projected boxes)
-    tiles   those tiles only: nearest solid, normal, light, shadow, mirror, over ground
-    ground  everywhere else: backdrop with soft shadows; tiles laid over it, sRGB
+    tiles   those tiles only: nearest solid, normal, light, shadow, mirror -> premultiplied RGBA
+    ground  every pixel: backdrop with soft shadows, the tiles laid over it, sRGB
 
 Light is counted in linear units, colours of CLEVR go to the shader unconverted (as its generator
 does). No random number is used: the same scenes give the same bytes on one machine.
@@ -44,23 +44,18 @@ SUN_IRRADIANCE = 0.45
 SUN_DISTANCE = 50.0  # ours: far enough to be parallel
 SUN_HALF_SIZE = 2.5  # ours: 0.05 rad of softness at that distance
 
-GROUND_ALBEDO = 0.71  # fitted to the ground of ten real pictures, 2 % rms in linear light
-BACKDROP_START = 5.0  # same fit: metres behind the origin where the backdrop begins to rise
-BACKDROP_RADIUS = 20.7  # same fit: metres
+GROUND_ALBEDO = 0.8  # Blender's default grey
+BACKDROP_START = 5.0  # metres behind the origin where the backdrop begins to rise
+BACKDROP_RADIUS = 8.0
 BEHIND = (-0.754490315914154, 0.6563112735748291)  # horizontal view direction, no jitter
-SKY = 0.016  # ours: radiance from above, past the backdrop
-WALL = 0.16  # ours: radiance of the backdrop's rise, as metal mirrors it
-BOUNCE = 0.16  # ours: irradiance / pi from the lit ground onto what faces it
-AMBIENT = 0.05  # same fit: irradiance / pi that bounces between backdrop and ground
+SKY = 0.06  # ours: radiance from above
+AMBIENT = 0.05  # ours: irradiance / pi that bounces between backdrop and ground
 
 # ours, after SmoothCube_v2 and SmoothCylinder: radius of the rounded edges; 1 makes the sphere
 BEVEL = {"cube": 0.12, "cylinder": 0.06, "sphere": 1.0}
 ROUNDING_STEPS = 4  # ours: steps from the sharp solid to the rounded one
-RUBBER_ALPHA, RUBBER_GLOSS = 0.4, 0.02  # ours, for Rubber's weak Fresnel gloss
-RUBBER_SHEEN = 0.02  # ours, for Rubber's sheen: a white share of its albedo
-RUBBER_WRAP = 0.1  # ours, for Rubber's rough diffuse: light that reaches round the edge
-RUBBER_SHARE = 0.88  # ours, fitted: what Rubber sends back of its colour
-METAL_ALPHA = (0.045, 0.2)  # ours, for MyMetal's two glossy lobes of roughness 0.1 and 0.45
+RUBBER_ALPHA, RUBBER_GLOSS = 0.35, 0.03  # ours, for Rubber's weak Fresnel gloss
+METAL_ALPHA = (0.1, 0.3)  # ours, for MyMetal's two glossy lobes of roughness 0.1 and 0.45
 METAL_SHARP = 0.6  # MyMetal: share of the first lobe
 
 TILE = 4  # px a side
@@ -135,13 +130,13 @@ def _pack(scenes: list[Scene]) -> dict[str, np.ndarray]:
 
 
 def _cover(packed, width, height, supersample) -> np.ndarray:
-    """Tiles with objects of all scenes, linear RGB: float32 [B, 3, Y, X], -1 in other tiles.
+    """Objects of all scenes, premultiplied linear RGB and coverage: float32 [B, 4, Y, X].
 
     Y and X are rounded up to whole tiles.
     """
     rows, columns = -(-height // TILE), -(-width // TILE)
     scene, row, column = np.nonzero(_touched(packed, width, height, rows, columns))
-    tiles = np.full((len(packed["camera"]), rows, columns, 3, TILE, TILE), -1.0, np.float32)
+    tiles = np.zeros((packed["camera"].shape[0], rows, columns, 4, TILE, TILE), np.float32)
     for first in range(0, len(scene), CHUNK):
         part = slice(first, first + CHUNK)
         number = len(scene[part])
@@ -158,12 +153,12 @@ def _cover(packed, width, height, supersample) -> np.ndarray:
         )  # fmt: skip
         shaded = np.moveaxis(np.asarray(shaded), 3, 0)
         tiles[which[:number], y[:number], x[:number]] = shaded[:number]
-    # [B, tile row, tile column, 3, y, x] -> [B, 3, Y, X]
-    return tiles.transpose(0, 3, 1, 4, 2, 5).reshape(-1, 3, rows * TILE, columns * TILE)
+    # [B, tile row, tile column, 4, y, x] -> [B, 4, Y, X]
+    return tiles.transpose(0, 3, 1, 4, 2, 5).reshape(-1, 4, rows * TILE, columns * TILE)
 
 
 def _touched(packed, width, height, rows, columns) -> np.ndarray:
-    """Which tiles meet the projected box of any object, 1 px wider: bool [B, rows, columns]."""
+    """Which tiles meet the projected bounding box of any object: bool [B, rows, columns]."""
     corners = np.array([(i, j, k) for i in (-1, 1) for j in (-1, 1) for k in (-1, 1)], np.float32)
     c, s, r = (packed[name][..., None] for name in ("cosine", "sine", "radius"))
     x = packed["x"][..., None] + r * (c * corners[:, 0] - s * corners[:, 1])
@@ -176,8 +171,8 @@ def _touched(packed, width, height, rows, columns) -> np.ndarray:
     px = width / 2 + focal_px * view[..., 0] / depth
     py = height / 2 - focal_px * view[..., 1] / depth
     real = packed["z"] > -1
-    left, right = px.min(-1)[..., None] - 1, px.max(-1)[..., None] + 1
-    top, bottom = py.min(-1)[..., None] - 1, py.max(-1)[..., None] + 1
+    left, right = px.min(-1)[..., None], px.max(-1)[..., None]
+    top, bottom = py.min(-1)[..., None], py.max(-1)[..., None]
     x0, y0 = TILE * np.arange(columns), TILE * np.arange(rows)
     across = (left < x0 + TILE) & (right > x0) & real[..., None]
     down = (top < y0 + TILE) & (bottom > y0)
@@ -186,7 +181,7 @@ def _touched(packed, width, height, rows, columns) -> np.ndarray:
 
 @partial(jax.jit, static_argnames=("supersample",))
 def _shade_tiles(packed, left, top, width, height, *, supersample):
-    """Tiles of K scenes: float32 [3, TILE, TILE, K], linear RGB, objects over ground.
+    """Tiles of K scenes: float32 [4, TILE, TILE, K], premultiplied linear RGB and coverage.
 
     `packed` holds the scenes' arrays as [..., 1, K], `left` and `top` are float32 [K] in px.
     Samples are [S, K], sub-sample by sub-sample, S = supersample^2 * TILE^2: the last axis is
@@ -230,22 +225,16 @@ def _shade_tiles(packed, left, top, width, height, *, supersample):
     lit = [jnp.tile(v, (samples, 1)) for v in lit]
     openness = jnp.tile(openness, (samples, 1))
 
-    white = _diffuse(packed, point, normal, lit, openness, RUBBER_WRAP)
+    white = _diffuse(packed, point, normal, lit, openness)
     gloss = _gloss(packed, point, normal, view, lit, RUBBER_ALPHA)
     metal = _metal(packed, solid, point, normal, view, lit, found)
-    rubber = [
-        RUBBER_SHARE * (solid[f"color{i}"] + RUBBER_SHEEN) * w + RUBBER_GLOSS * g
-        for i, (w, g) in enumerate(zip(white, gloss, strict=True))
+    rgba = [
+        jnp.where(solid["metal"] > 0.5, m, solid[f"color{i}"] * w + RUBBER_GLOSS * g)
+        for i, (m, w, g) in enumerate(zip(metal, white, gloss, strict=True))
     ]
-    color = [jnp.where(solid["metal"] > 0.5, m, r) for m, r in zip(metal, rubber, strict=True)]
-    rgba = jnp.stack([*(jnp.minimum(c, 1.0) for c in color), jnp.ones_like(depth)])
+    rgba = jnp.stack([*(jnp.minimum(c, 1.0) for c in rgba), jnp.ones_like(depth)])
     rgba = jnp.where(hit[None], rgba, 0.0).reshape(4, *by_sample).mean(axis=1)
-
-    columns = jnp.tile(ticks, TILE)[:, None] + left[None] + 0.5
-    rows = jnp.repeat(ticks, TILE)[:, None] + top[None] + 0.5
-    direction = geometry.ray_directions(columns, rows, packed["axes"], width, height)
-    rgb = rgba[:3] + (1.0 - rgba[3:]) * _ground(packed, origin, direction)
-    return rgb.reshape(3, TILE, TILE, tiles)
+    return rgba.reshape(4, TILE, TILE, tiles)
 
 
 OBJECT_FIELDS = (
@@ -411,18 +400,14 @@ def _visibility(packed, point, normal, exclude: jax.Array | int = -1):
     return lit, openness
 
 
-def _diffuse(packed, point, normal, lit, openness, wrap=0.0):
-    """Light that a white matte surface sends back, three [S].
-
-    `max(n . l + wrap, 0) / (1 + wrap)` for each lamp: wrap 0 is Lambert.
-    """
+def _diffuse(packed, point, normal, lit, openness):
+    """Light that a white matte surface sends back, three [S]."""
     sky = 0.5 + 0.5 * normal[2]
-    around = (AMBIENT * sky + BOUNCE * (1.0 - sky)) * openness
+    around = AMBIENT * (sky + 2.0 * (1.0 - sky)) * openness
     total = [around, around, around]
     for index in range(4):
         toward, _, strength = _lamp(packed, index, point)
-        cosine = jnp.maximum(_dot(normal, toward) + wrap, 0.0) / (1.0 + wrap)
-        amount = strength * lit[index] * cosine
+        amount = strength * lit[index] * jnp.maximum(_dot(normal, toward), 0.0)
         total = [t + LIGHT_RGB[index][i] * amount for i, t in enumerate(total)]
     return total
 
@@ -461,8 +446,7 @@ def _surroundings(packed, point, direction):
     )
     floor_light = [GROUND_ALBEDO * (t + AMBIENT) * near for t in total]
     behind = BEHIND[0] * direction[0] + BEHIND[1] * direction[1]
-    behind = jnp.maximum(behind, 0.0)
-    wall = SKY + WALL * behind * behind * jnp.clip(1.2 - direction[2], 0.0, 1.0)
+    wall = SKY * (1.0 + jnp.maximum(behind, 0.0)) * jnp.clip(1.3 - direction[2], 0.0, 1.0)
     blend = jnp.clip(0.5 - direction[2] / 0.2, 0.0, 1.0)
     return [wall + blend * (f - wall) for f in floor_light]
 
@@ -483,9 +467,7 @@ def _metal(packed, solid, point, normal, view, lit, found):
         amount = strength * jnp.maximum(_dot(its_normal, toward), 0.0)
         its_light = [t + LIGHT_RGB[index][i] * amount for i, t in enumerate(its_light)]
     seen = [jnp.where(hit, neighbour[f"color{i}"] * its_light[i], seen[i]) for i in range(3)]
-    # the broad lobe also finds ground well beside the mirror ray
-    low = 0.2 * jnp.clip(0.4 - mirror[2], 0.0, 1.0)
-    blurred = [0.5 * s + 0.5 * low for s in seen]
+    blurred = [0.5 * s + 0.5 * 0.2 * jnp.clip(0.6 - mirror[2], 0.1, 1.0) for s in seen]
     sharp_gloss = _gloss(packed, point, normal, view, lit, METAL_ALPHA[0])
     broad_gloss = _gloss(packed, point, normal, view, lit, METAL_ALPHA[1])
     color = []
@@ -526,25 +508,19 @@ def _backdrop(origin, direction):
     return point, (lean * BEHIND[0], lean * BEHIND[1], up)
 
 
-def _ground(packed, origin, direction):
-    """Radiance of the backdrop along rays, float32 [3, S...]."""
-    point, normal = _backdrop(origin, direction)
-    light = _diffuse(packed, point, normal, *_visibility(packed, point, normal))
-    return GROUND_ALBEDO * jnp.stack(light)
-
-
 @partial(jax.jit, static_argnames=("width", "height"))
 def _finish(packed, cover, *, width, height):
-    """One scene's ground under its tiles: float32 [3, Y, X] -> uint8 [Y, X, 3]."""
+    """One scene's ground under its tiles: float32 [4, Y, X] -> uint8 [Y, X, 3]."""
     step = 2 if width >= COARSE_GROUND_PX else 1
     direction = _pixel_rays(packed, width, height, step)
     origin = tuple(packed["camera"][i] for i in range(3))
-    ground = _ground(packed, origin, direction)
-    ground = ground.reshape(3, -(-height // step), -(-width // step))
+    point, normal = _backdrop(origin, direction)
+    light = _diffuse(packed, point, normal, *_visibility(packed, point, normal))
+    ground = GROUND_ALBEDO * jnp.stack(light).reshape(3, -(-height // step), -(-width // step))
     if step == 2:
         ground = _double(_double(ground, 1), 2)[:, :height, :width]
     over = cover[:, :height, :width]
-    linear = jnp.where(over < 0.0, ground, over)
+    linear = over[:3] + (1.0 - over[3:]) * ground
     return jnp.moveaxis(jnp.round(255.0 * _to_srgb(linear)).astype(jnp.uint8), 0, -1)
 
 
