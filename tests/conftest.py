@@ -17,3 +17,9 @@ if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+from hypothesis import settings  # noqa: E402 - after the flags, like the imports above
+
+# the same examples in every run: a failure that nobody can repeat helps nobody
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")

@@ -68,7 +68,8 @@ def test_rows_have_mean_zero_and_spread_one_or_zero(rewards):
 @given(REWARDS, st.integers(-3, 3), st.sampled_from([0.5, 2.0, 4.0]))
 def test_shifting_and_scaling_rewards_changes_nothing(rewards, shift, scale):
     moved = advantages(*[scale * value + shift for value in rewards])
-    np.testing.assert_allclose(moved, advantages(*rewards), atol=1e-4)
+    # eps is not scaled: with the smallest spread here, 0.1 once in 16, that is 2e-4
+    np.testing.assert_allclose(moved, advantages(*rewards), atol=5e-4)
 
 
 @settings(max_examples=50, deadline=None)
