@@ -34,6 +34,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
 
     config.data = ConfigDict(
         {
+            "dataset": "clevr_policy",
             "depth": 2,
             "policies": 2,
             "train_per_policy": 400,

@@ -77,6 +77,12 @@ def decode_record(record: bytes) -> Example:
     return Example(**(fields | images))
 
 
+def completion_text(cot: str, answer: str) -> str:
+    r"""What the model should say: `<think>cot</think>\boxed{answer}`; without CoT only the box."""
+    thought = f"<think>{cot}</think>" if cot else ""
+    return f"{thought}\\boxed{{{answer}}}"
+
+
 def encode_png(pixels: np.ndarray) -> bytes:
     """uint8 [Y, X, 3] as PNG bytes."""
     buffer = io.BytesIO()

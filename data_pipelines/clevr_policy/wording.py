@@ -101,12 +101,6 @@ def answer(case: int) -> str:
     return f"Case {case}"
 
 
-def completion(cot: str, final_answer: str) -> str:
-    r"""What the model must say: `<think>…</think>\boxed{…}`; without CoT only the boxed answer."""
-    boxed = f"\\boxed{{{final_answer}}}"
-    return f"<think>{cot}</think>{boxed}" if cot else boxed
-
-
 def _go_to(node: Condition | Case) -> str:
     if isinstance(node, Case):
         return f"respond with {answer(node.number)}"

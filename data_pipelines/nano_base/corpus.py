@@ -11,8 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from data_pipelines.clevr.scene import sample_scenes
-from data_pipelines.clevr_policy.wording import completion
-from data_pipelines.example import Example
+from data_pipelines.example import Example, completion_text
 from data_pipelines.nano_base.mixture import (
     make_caption,
     make_existence,
@@ -34,6 +33,7 @@ def iter_corpus(seed: int, count: int) -> Iterator[str]:
         scene = Example(str(i), (), "", "", meta={"objects": objects})
         policy = make_policy_question(rng, scene, (1, 2, 3, 4))
         yield f"{DEFAULT_SYSTEM}\nsystem\nuser\nassistant\n"
-        yield "\n".join((policy.policy_text, policy.query, completion(policy.cot, policy.answer)))
+        said = completion_text(policy.cot, policy.answer)
+        yield "\n".join((policy.policy_text, policy.query, said))
         for example in (make_caption(rng, scene), make_existence(rng, scene)):
             yield f"{example.query}\n{example.answer}"

@@ -8,7 +8,7 @@ from ml_collections import config_flags
 
 from configs import nano, nano_base
 from configs.methods import METHODS, NOT_YET, POLICY_ROLLOUT, parse_method
-from data_pipelines.clevr_policy.dataset import ClevrPolicySettings
+from data_pipelines.build import make_settings
 from trimpi_jax.grading.answers import RewardWeights
 from trimpi_jax.objectives.grpo import GRPOSettings
 from trimpi_jax.rollouts.sampler import SamplerSettings
@@ -24,7 +24,8 @@ def test_every_method_builds_its_config(method):
     assert config.method == method
     assert config.stages == METHODS[method]
     assert [stage for stage in STAGES if stage in config] == list(config.stages)  # no other section
-    ClevrPolicySettings(**config.data.to_dict())
+    options = config.data.to_dict()
+    make_settings(options.pop("dataset"), options)
     for stage in config.stages:
         assert optimizer_settings(config[stage], 10).learning_rate > 0
         assert config[stage].trainable in TRAINABLE

@@ -42,7 +42,7 @@ TABLE = [
     # no answer at all
     ("<think>x</think>Case 3", 0, 0, None, "no_box"),
     ("<think>x</think>\\boxed{Case 3", 0, 0, None, "no_box"),
-    ("<think>x</think>\\boxed{\\text{Case 3}}", 0, 0, None, "no_box"),
+    ("<think>x</think>\\boxed{\\text{Case 3}}", 0, 1, "\\text{Case 3}", "ok"),
     ("<think>x</think>boxed{Case 3}", 0, 0, None, "no_box"),
     ("", 0, 0, None, "no_think"),
 ]

@@ -21,7 +21,7 @@ import jax
 from scipy.stats import binomtest
 
 from data_pipelines.example import Example
-from trimpi_jax.grading.answers import grade_completion
+from trimpi_jax.grading.grader import grade_completions
 from trimpi_jax.inputs.batching import choose_bucket, make_batch
 from trimpi_jax.inputs.encode import encode_prompt
 from trimpi_jax.models.config import VLMConfig
@@ -100,20 +100,20 @@ class Evaluator:
         rollouts = jax.device_get(
             self.sample(params, place_batch(batch, self.mesh), jax.random.key(0), ids)
         )
-        records = {}
-        for at, i in enumerate(chunk):
-            tokens = rollouts.tokens[at, 0, : rollouts.lengths[at, 0]]
-            text = decode_completion(self.processor, tokens)
-            grade = grade_completion(
-                text,
-                examples[i].answer,
-                stopped=bool(rollouts.stopped[at, 0]),
-                needs_think=self.settings.needs_think,
-            )
-            records[i] = _record(
-                examples[i], len(rows[i].tokens), text, grade.reason, grade.accuracy
-            )
-        return records
+        texts = [
+            decode_completion(self.processor, rollouts.tokens[at, 0, : rollouts.lengths[at, 0]])
+            for at in range(len(chunk))
+        ]
+        grades = grade_completions(
+            texts,
+            [examples[i] for i in chunk],
+            [bool(rollouts.stopped[at, 0]) for at in range(len(chunk))],
+            needs_think=self.settings.needs_think,
+        )
+        return {
+            i: _record(examples[i], len(rows[i].tokens), text, grade.reason, grade.accuracy)
+            for i, text, grade in zip(chunk, texts, grades, strict=True)
+        }
 
 
 def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
-_WELL_FORMED = re.compile(
-    r"\s*<think>(?P<thought>.*)</think>\s*\\boxed\{(?P<answer>[^{}]*)\}\s*", re.S
-)
-_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+_THOUGHT = re.compile(r"\s*<think>.*</think>\s*", re.S)
+_BOX_START = re.compile(r"\\boxed\{")
 _SPACES = re.compile(r"\s+")
 
 FORMAT_REASONS = ("ok", "cut_off", "no_think", "repeated_think", "no_box", "text_around")
@@ -30,6 +29,7 @@ class Grade:
     format: float  # 1.0 = <think>...</think> followed by \boxed{...} and nothing else
     parsed: str | None  # the last boxed answer, normalised; None = there is none
     reason: str
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)  # sub-scores, JSON-able
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +53,9 @@ def grade_completion(text: str, gold: str, *, stopped: bool, needs_think: bool =
         stopped: False when the completion was cut off at the length limit.
         needs_think: whether the format asks for a chain of thought (Direct SFT is judged without).
     """
-    boxes = _BOXED.findall(text)
+    boxes = [content for _, content, _ in find_boxes(text)]
     parsed = normalize(boxes[-1]) if boxes else None
-    reason = _format_reason(text, stopped, needs_think, bool(boxes))
+    reason = format_reason(text, stopped=stopped, needs_think=needs_think)
     return Grade(
         accuracy=float(parsed == normalize(gold)),
         format=float(reason == "ok"),
@@ -74,15 +74,35 @@ def normalize(answer: str) -> str:
     return _SPACES.sub(" ", answer).strip()
 
 
-def _format_reason(text: str, stopped: bool, needs_think: bool, boxed: bool) -> str:
+def find_boxes(text: str) -> list[tuple[int, str, int]]:
+    r"""(start, content, end) of every `\boxed{...}` whose braces balance (JSON may be boxed)."""
+    closed_at: dict[int, int] = {}  # place after an opening brace -> place of its closing one
+    open_braces: list[int] = []
+    for at, letter in enumerate(text):  # one pass: a hostile text costs no more than a long one
+        if letter == "{":
+            open_braces.append(at + 1)
+        elif letter == "}" and open_braces:
+            closed_at[open_braces.pop()] = at
+    boxes: list[tuple[int, str, int]] = []
+    for start in _BOX_START.finditer(text):
+        end = closed_at.get(start.end())
+        if end is not None and (not boxes or start.start() >= boxes[-1][2]):
+            boxes.append((start.start(), text[start.end() : end], end + 1))
+    return boxes
+
+
+def format_reason(text: str, *, stopped: bool, needs_think: bool) -> str:
+    """One of FORMAT_REASONS: the first rule of the format that a completion breaks, or "ok"."""
+    boxes = find_boxes(text)
     if not stopped:
         return "cut_off"
     if needs_think and ("<think>" not in text or "</think>" not in text):
         return "no_think"
     if text.count("<think>") > 1 or text.count("</think>") > 1:
         return "repeated_think"
-    if not boxed:
+    if not boxes:
         return "no_box"
-    if needs_think:
-        return "ok" if _WELL_FORMED.fullmatch(text) else "text_around"
-    return "ok" if _BOXED.fullmatch(text.strip()) else "text_around"
+    start, _, end = boxes[-1]
+    before, after = text[:start], text[end:]
+    around = not _THOUGHT.fullmatch(before) if needs_think else bool(before.strip())
+    return "text_around" if around or after.strip() else "ok"

@@ -19,8 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from data_pipelines.clevr_policy.wording import completion
-from data_pipelines.example import IMAGE_MARK, Example, decode_image
+from data_pipelines.example import IMAGE_MARK, Example, completion_text, decode_image
 from trimpi_jax.models.packing import PackedImages, mrope_positions, pack_images
 from trimpi_jax.models.processor import (
     Processor,
@@ -70,7 +69,7 @@ def encode_example(
     """
     if with_cot and not example.cot:
         raise ValueError(f"example {example.example_id} has no chain of thought; use the cot split")
-    text = completion(example.cot if with_cot else "", example.answer)
+    text = completion_text(example.cot if with_cot else "", example.answer)
     return encode_with_completion(
         example, processor, text, policy_in_prompt=policy_in_prompt, loss_on=loss_on
     )

@@ -56,8 +56,11 @@ class Progress:
         self.console.print(table)
 
     @contextlib.contextmanager
-    def task(self, name: str, total: int) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
-        """A bar with count, elapsed time and ETA; yields `update(done, metrics)`."""
+    def task(self, name: str, total: int | None) -> Iterator[Callable[..., None]]:
+        """A bar with count, elapsed time and ETA; yields `update(done, metrics, total=None)`.
+
+        `total` None: not known yet, the updates bring it.
+        """
         bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -72,9 +75,9 @@ class Progress:
         with bar:
             task = bar.add_task(name, total=total, note="")
 
-            def update(done: int, metrics: Mapping[str, Any]) -> None:
+            def update(done: int, metrics: Mapping[str, Any], total: int | None = None) -> None:
                 loss = metrics.get("train/loss")
                 note = f"loss {loss:.3f}" if isinstance(loss, float) else ""
-                bar.update(task, completed=done, note=note)
+                bar.update(task, completed=done, note=note, total=total)
 
             yield update

@@ -27,8 +27,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from data_pipelines.clevr_policy.dataset import ClevrPolicySettings, make_splits, recipe
-from data_pipelines.shards import check_dataset, split_count, write_dataset
+from data_pipelines.build import DATASETS, build, make_settings
+from data_pipelines.shards import check_dataset, split_count
 from data_pipelines.streaming import encode_state, make_stream, read_split, restore_state
 from trimpi_jax.evaluators.efficiency import make_prefill, measure_prefill_ms
 from trimpi_jax.evaluators.questions import EvaluationSettings, Evaluator, summarize
@@ -170,8 +170,10 @@ def prepare_data(config: ConfigDict, folder: Path, progress: Progress) -> None:
     Raises:
         ValueError: broken shards, or shards of another recipe.
     """
-    settings = ClevrPolicySettings(**config.data.to_dict())
-    wanted = json.loads(json.dumps(recipe(settings)))
+    options = config.data.to_dict()
+    dataset = options.pop("dataset")
+    settings = make_settings(dataset, options)
+    wanted = json.loads(json.dumps(DATASETS[dataset].recipe(settings)))
     if folder.exists() and any(folder.iterdir()):
         found = check_dataset(folder)["recipe"]
         if found != wanted:
@@ -181,10 +183,8 @@ def prepare_data(config: ConfigDict, folder: Path, progress: Progress) -> None:
         return
     for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a build that was killed
         shutil.rmtree(leftover)
-    total = settings.policies * settings.train_per_policy + settings.test
-    with progress.task("data", total) as bar:
-        splits = make_splits(settings, lambda done, _: bar(done, {}))
-        manifest = write_dataset(folder, splits, wanted)
+    with progress.task("data", None) as bar:
+        manifest = build(dataset, settings, folder, lambda done, total: bar(done, {}, total=total))
     counts = {name: split["count"] for name, split in manifest["splits"].items()}
     progress.say(f"data: {counts} examples in {folder}")
 

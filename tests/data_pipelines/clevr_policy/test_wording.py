@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from data_pipelines.clevr.scene import ATTRIBUTES
 from data_pipelines.clevr_policy import wording
 from data_pipelines.clevr_policy.tree import follow, sample_tree
+from data_pipelines.example import completion_text
 from tests.data_pipelines.policy_reader import (
     BLUE_SPHERE,
     GREEN_CUBE,
@@ -67,8 +68,8 @@ def test_the_chain_of_thought():
 
 def test_the_answer_and_the_completion():
     assert wording.answer(39) == "Case 39"
-    assert wording.completion("I see.", "Case 3") == "<think>I see.</think>\\boxed{Case 3}"
-    assert wording.completion("", "Case 3") == "\\boxed{Case 3}"
+    assert completion_text("I see.", "Case 3") == "<think>I see.</think>\\boxed{Case 3}"
+    assert completion_text("", "Case 3") == "\\boxed{Case 3}"
 
 
 def test_objects_are_named_by_colour_then_size_material_shape():
@@ -125,7 +126,7 @@ def test_the_chain_of_thought_follows_the_document(seed, depth, objects):
 def test_a_gold_completion_gets_full_marks(seed, objects):
     tree = sample_tree(np.random.default_rng(seed), "L2-Test", 2)
     gold = wording.answer(follow(tree, objects)[1])
-    text = wording.completion(wording.chain_of_thought(tree, objects), gold)
+    text = completion_text(wording.chain_of_thought(tree, objects), gold)
     grade = grade_completion(text, gold, stopped=True)
     assert (grade.accuracy, grade.format, grade.parsed, grade.reason) == (1.0, 1.0, gold, "ok")
 
