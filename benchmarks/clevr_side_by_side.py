@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.clevr.renderer import render_scenes
-from data_pipelines.clevr_policy.dataset import clevr_folder_scenes
+from data_pipelines.clevr.scene_files import clevr_folder_scenes
 from data_pipelines.example import decode_image
 
 WIDTH, HEIGHT = 320, 240  # px, the official generator's default

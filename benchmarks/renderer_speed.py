@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_pipelines.clevr.renderer import render_masks, render_scenes
-from data_pipelines.clevr.scene import sample_scenes
+from data_pipelines.clevr.sampling import sample_scenes
 
 SETTINGS = ((64, 64, 6), (168, 112, 6), (320, 240, 6), (320, 240, 10), (480, 320, 10))
 

@@ -15,7 +15,6 @@ Next: data_pipelines/shards.py
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,9 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.clevr.renderer import render_scenes
-from data_pipelines.clevr.scene import Scene, load_clevr_scenes, sample_scenes
+from data_pipelines.clevr.sampling import sample_scenes
+from data_pipelines.clevr.scene import Scene
+from data_pipelines.clevr.scene_files import clevr_folder_scenes
 from data_pipelines.clevr_policy.tree import (
     PolicyTree,
     follow,
@@ -149,31 +150,6 @@ def make_example(tree: PolicyTree, scene: Scene, png: bytes, *, with_cot: bool) 
             "tree": tree_to_json(tree.root),
         },
     )
-
-
-@functools.lru_cache(maxsize=1)  # read once, sliced many times
-def clevr_folder_scenes(folder: str | Path) -> tuple[Scene, ...]:
-    """All scenes of a CLEVR folder (every `scenes/*.json`) that have an image.
-
-    Images are found by name anywhere under `images/`: CLEVR_v1.0 has a folder per split there.
-
-    Raises:
-        ValueError: no scene file, or no scene with an image.
-    """
-    files = sorted(Path(folder).glob("**/scenes/*.json"))
-    if not files:
-        raise ValueError(f"{folder} has no scenes/*.json; expected CLEVR_v1.0's layout")
-    scenes = []
-    for file in files:
-        folder_of_images = file.parent.parent / "images"
-        images = {path.name: str(path) for path in sorted(folder_of_images.rglob("*.*"))}
-        for scene in load_clevr_scenes(file, folder_of_images):
-            found = images.get(Path(scene.image_path or "").name)
-            if found:
-                scenes.append(dataclasses.replace(scene, image_path=found))
-    if not scenes:
-        raise ValueError(f"{folder} has scene files but none of their images")
-    return tuple(scenes)
 
 
 def _scenes(settings: ClevrPolicySettings, purpose: str, start: int, count: int) -> list[Scene]:

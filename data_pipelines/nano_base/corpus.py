@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data_pipelines.clevr.scene import sample_scenes
+from data_pipelines.clevr.sampling import sample_scenes
 from data_pipelines.example import Example, completion_text
 from data_pipelines.nano_base.mixture import (
     make_caption,

@@ -12,7 +12,8 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from data_pipelines.clevr.renderer import render_scenes
-from data_pipelines.clevr.scene import SceneObject, sample_scenes
+from data_pipelines.clevr.sampling import sample_scenes
+from data_pipelines.clevr.scene import SceneObject
 from data_pipelines.example import Example, encode_png
 
 RENDER_CHUNK = 64

@@ -6,9 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data_pipelines.clevr import geometry, renderer
-from data_pipelines.clevr.renderer import RGB, render_masks, render_scenes
-from data_pipelines.clevr.scene import RADIUS, SHAPES, Scene, SceneObject, project, sample_scenes
+from data_pipelines.clevr import geometry, lighting, renderer
+from data_pipelines.clevr.geometry import project
+from data_pipelines.clevr.materials import RGB
+from data_pipelines.clevr.renderer import render_masks, render_scenes
+from data_pipelines.clevr.sampling import sample_scenes
+from data_pipelines.clevr.scene import RADIUS, SHAPES, Scene, SceneObject
 
 DARK_LIGHT = ((0.0, 0.0, 0.0),) * 3
 
@@ -72,7 +75,7 @@ def test_shadows_by_hand(shape, x, visible):
     solid = {name: jnp.float32(value) for name, value in solid.items()}
     point = (jnp.array([x], jnp.float32), jnp.zeros(1), jnp.zeros(1))
     up = (jnp.zeros(1), jnp.zeros(1), jnp.ones(1))
-    share = renderer._shadow(solid, point, up, jnp.full(1, 5.0), 0.25)
+    share = lighting.shadow(solid, point, up, jnp.full(1, 5.0), 0.25)
     assert float(share[0]) == pytest.approx(visible, abs=2e-3)
 
 

@@ -11,24 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.clevr import geometry
+from data_pipelines.clevr.geometry import project
 from data_pipelines.clevr.renderer import render_masks
-from data_pipelines.clevr.scene import (
-    ATTRIBUTES,
-    DIRECTIONS,
+from data_pipelines.clevr.sampling import (
     MARGIN,
     MIN_DIST,
     MIN_VISIBLE_FRACTION,
     POSITION_RANGE,
+    sample_scenes,
+    visible_fractions,
+)
+from data_pipelines.clevr.scene import (
+    ATTRIBUTES,
+    DIRECTIONS,
     RADIUS,
     Scene,
     SceneObject,
-    load_clevr_scenes,
-    project,
     relationships,
-    sample_scenes,
-    save_clevr_scenes,
-    visible_fractions,
 )
+from data_pipelines.clevr.scene_files import load_clevr_scenes, save_clevr_scenes
 
 REAL = Path(__file__).resolve().parents[4] / "shared" / "data" / "clevr_real_sample"
 REAL_FILES = (

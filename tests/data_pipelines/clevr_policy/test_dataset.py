@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.clevr.scene import load_clevr_scenes, sample_scenes, save_clevr_scenes
+from data_pipelines.clevr.sampling import sample_scenes
+from data_pipelines.clevr.scene_files import load_clevr_scenes, save_clevr_scenes
 from data_pipelines.clevr_policy.dataset import (
     ClevrPolicySettings,
     clevr_folder_scenes,
