@@ -17,6 +17,7 @@ from typing import Any
 
 from data_pipelines.clevr_policy import dataset as clevr_policy
 from data_pipelines.example import Example
+from data_pipelines.own_policy import dataset as own_policy
 from data_pipelines.shards import write_dataset
 
 OnProgress = Callable[[int, int], None]  # (images done, images in all)
@@ -35,6 +36,7 @@ DATASETS: dict[str, Dataset] = {
     "clevr_policy": Dataset(
         clevr_policy.ClevrPolicySettings, clevr_policy.make_splits, clevr_policy.recipe
     ),
+    "own": Dataset(own_policy.OwnPolicySettings, own_policy.make_splits, own_policy.recipe),
 }
 
 

@@ -27,10 +27,12 @@ from typing import Any
 
 import msgpack
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 IMAGE_MARK = "<image>"
 MAX_IMAGE_PIXELS = 40_000_000  # larger files are refused before decoding (decompression bombs)
+# Only these are tried: some of Pillow's other readers run external programs (EPS: Ghostscript)
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,8 @@ def encode_png(pixels: np.ndarray) -> bytes:
 def decode_image(encoded: bytes, where: str = "image") -> np.ndarray:
     """Encoded bytes as uint8 RGB [Y, X, 3]; transparency is dropped on white.
 
-    16-bit grey keeps its high byte; of an animation the first frame is taken.
+    16-bit grey keeps its high byte; of an animation the first frame is taken; a photo is turned
+    as its EXIF orientation says. IMAGE_FORMATS are read.
 
     Args:
         encoded: a PNG, JPEG, ... file's bytes.
@@ -103,12 +106,13 @@ def decode_image(encoded: bytes, where: str = "image") -> np.ndarray:
         ValueError: not an image, truncated, or more than MAX_IMAGE_PIXELS pixels.
     """
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 raise ValueError(
                     f"{where}: {image.width}x{image.height} pixels are more than the limit of"
                     f" {MAX_IMAGE_PIXELS}; scale the file down"
                 )
+            image = ImageOps.exif_transpose(image)  # photos of a phone held upright
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 rgba = image.convert("RGBA")
                 white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
@@ -118,7 +122,11 @@ def decode_image(encoded: bytes, where: str = "image") -> np.ndarray:
             return np.asarray(image.convert("RGB"))
     except ValueError:
         raise
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:  # Pillow has a limit of its own, above ours
+        raise ValueError(
+            f"{where}: more than {MAX_IMAGE_PIXELS} pixels; scale the file down ({error})"
+        ) from error
+    except (OSError, SyntaxError) as error:
         raise ValueError(
             f"{where}: {len(encoded)} bytes that are no readable image ({error})"
         ) from error

@@ -184,3 +184,22 @@ def test_damaged_bytes_give_an_image_or_a_value_error(changes):
         return
     assert pixels.dtype == np.uint8
     assert pixels.ndim == 3
+
+
+def test_a_photo_is_turned_as_its_exif_says():
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, :20] = 255  # left half white
+    image = Image.fromarray(pixels)
+    exif = image.getexif()
+    exif[0x0112] = 6  # "turn 90 degrees clockwise to see it upright"
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", exif=exif)
+    turned = decode_image(buffer.getvalue())
+    assert turned.shape == (40, 20, 3)
+    assert turned[:20].min() == 255 and turned[20:].max() == 0  # white is now on top
+
+
+def test_formats_that_run_programs_are_not_tried():
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"
+    with pytest.raises(ValueError, match="no readable image"):
+        decode_image(eps)

@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipelines.answer_forms import normalize
 from trimpi_jax.grading.answers import (
     FORMAT_REASONS,
     Grade,
     RewardWeights,
     grade_completion,
-    normalize,
     reward,
 )
 

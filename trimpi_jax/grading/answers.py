@@ -14,9 +14,10 @@ import dataclasses
 import re
 from typing import Any
 
+from data_pipelines.answer_forms import normalize
+
 _THOUGHT = re.compile(r"\s*<think>.*</think>\s*", re.S)
 _BOX_START = re.compile(r"\\boxed\{")
-_SPACES = re.compile(r"\s+")
 
 FORMAT_REASONS = ("ok", "cut_off", "no_think", "repeated_think", "no_box", "text_around")
 
@@ -67,11 +68,6 @@ def grade_completion(text: str, gold: str, *, stopped: bool, needs_think: bool =
 def reward(grade: Grade, weights: RewardWeights) -> float:
     """The scalar reward of a grade."""
     return weights.accuracy * grade.accuracy + weights.format * grade.format
-
-
-def normalize(answer: str) -> str:
-    """Spaces collapsed, ends stripped; case matters."""
-    return _SPACES.sub(" ", answer).strip()
 
 
 def find_boxes(text: str) -> list[tuple[int, str, int]]:

@@ -1,6 +1,7 @@
 """Grade completions of any task: the Example says how, in `meta["answer_form"]`.
 
     {"form": "exact"}      the boxed answer equals the gold answer (ClevrPolicy; the default)
+    choice, number, regex, tool_call, python    a user's own policy: grading/answer_forms.py
 
 In: texts and their Examples, batched, since some scores are cheaper together. Out: one Grade each.
 RL and the evaluators call nothing else.
@@ -11,9 +12,18 @@ Next: trimpi_jax/objectives/advantages.py
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 from data_pipelines.example import Example
+from trimpi_jax.grading.answer_forms import (
+    grade_form,
+    grade_python,
+    score_choice,
+    score_number,
+    score_pattern,
+    score_tool_call,
+)
 from trimpi_jax.grading.answers import Grade, grade_completion
 
 DEFAULT_FORM = {"form": "exact"}
@@ -69,4 +79,11 @@ def _grade_exact(texts, examples, stopped, needs_think) -> list[Grade]:
     ]
 
 
-FORMS: Mapping[str, FormGrader] = {"exact": _grade_exact}
+FORMS: Mapping[str, FormGrader] = {
+    "exact": _grade_exact,
+    "choice": functools.partial(grade_form, score_choice),
+    "number": functools.partial(grade_form, score_number),
+    "regex": functools.partial(grade_form, score_pattern),
+    "tool_call": functools.partial(grade_form, score_tool_call),
+    "python": grade_python,
+}

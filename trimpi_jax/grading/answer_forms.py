@@ -1,0 +1,216 @@
+r"""What an answer scores in each form that a user's own policy can ask for.
+
+    choice     1 when it is the gold choice
+    number     1 when |x - gold| <= max(tolerance, relative_tolerance * |gold|)
+    regex      1 when the whole answer matches the pattern
+    tool_call  0.5 * (right tool) + 0.5 * mean over the arguments of the gold and the given call
+    python     what the user's function says, in [0, 1]; 0 when it raises, hangs or says NaN
+
+`details` of the Grade keeps the sub-scores and, in `problem`, why an answer could not be read
+("no_number", "no_choice", ...), so that the reason is a metric.
+
+Source: paper section 3 (the weights of a tool call); the forms are this project's.
+Next: trimpi_jax/grading/grader.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from data_pipelines.answer_forms import (
+    Choice,
+    FieldMetric,
+    Number,
+    Pattern,
+    Python,
+    ToolCall,
+    matches,
+    normalize,
+    parse_choice,
+    parse_form,
+    parse_json,
+    parse_number,
+)
+from data_pipelines.example import Example
+from data_pipelines.own_policy.user_function import call_user_function
+from trimpi_jax.grading.answers import Grade, find_boxes, format_reason
+
+Score = tuple[float, dict[str, Any]]  # accuracy in [0, 1], details
+
+
+def score_choice(answer: str, gold: str, form: Choice) -> Score:
+    """1 when both are the same choice."""
+    chosen = parse_choice(answer, form)
+    if chosen is None:
+        return 0.0, {"problem": "no_choice"}
+    return float(chosen == parse_choice(gold, form)), {}
+
+
+def score_number(answer: str, gold: str, form: Number) -> Score:
+    """1 when within the tolerance; `error` is the absolute difference."""
+    found, expected = parse_number(answer, form.unit), parse_number(gold, form.unit)
+    if expected is None:
+        raise ValueError(f"the gold answer '{gold}' is no number; rebuild the dataset")
+    if found is None:
+        return 0.0, {"problem": "no_number"}
+    error = abs(found - expected)
+    allowed = max(form.tolerance, form.relative_tolerance * abs(expected))
+    # 12.1 is within 0.1 of 12: decimal fractions are not exact in binary
+    slack = 1e-9 * max(abs(found), abs(expected), 1.0)
+    return float(error <= allowed + slack), {"error": error}
+
+
+def score_pattern(answer: str, gold: str, form: Pattern) -> Score:
+    """1 when the whole answer matches."""
+    found = matches(form.pattern, answer, gold)
+    return (0.0, {"problem": "pattern_timeout"}) if found is None else (float(found), {})
+
+
+def score_tool_call(answer: str, gold: str, form: ToolCall) -> Score:
+    """Half for the tool's name, half for the arguments; each argument has the metric of its tool.
+
+    Arguments are those of the gold call and of the given one: a missing and a needless one score 0.
+    """
+    expected = parse_json(gold)
+    try:
+        call = parse_json(answer)
+    except ValueError:
+        return 0.0, {"problem": "no_json"}
+    if not isinstance(call, dict) or set(call) != {"name", "arguments"}:
+        return 0.0, {"problem": "no_call"}
+    if not isinstance(call["arguments"], dict):
+        return 0.0, {"problem": "no_call"}
+    right_tool = float(call["name"] == expected["name"])
+    metrics = form.tools[expected["name"]]
+    given, wanted = call["arguments"], expected["arguments"]
+    scores = {
+        name: score_argument(given[name], wanted[name], metrics[name])
+        if name in given and name in wanted
+        else 0.0
+        for name in sorted(given.keys() | wanted.keys())
+    }
+    # a call without arguments: nothing can be wrong with them once the tool is right
+    arguments = sum(scores.values()) / len(scores) if scores else right_tool
+    details = {"tool": right_tool, "arguments": arguments, "fields": scores}
+    return 0.5 * right_tool + 0.5 * arguments, details
+
+
+def score_argument(found: Any, gold: Any, metric: FieldMetric) -> float:
+    """One argument of a tool call, in [0, 1]."""
+    if metric.metric == "number":
+        one, other = _as_number(found), _as_number(gold)
+        if one is None or other is None:
+            return 0.0
+        return float(abs(one - other) <= metric.tolerance + 1e-9 * max(abs(one), abs(other), 1.0))
+    if metric.metric == "box":
+        return box_overlap(found, gold)
+    if isinstance(found, str) and isinstance(gold, str):
+        return float(normalize(found) == normalize(gold))
+    return float(type(found) is type(gold) and found == gold)
+
+
+def grade_form(
+    score: Callable[[str, str, Any], Score],
+    texts: Sequence[str],
+    examples: Sequence[Example],
+    stopped: Sequence[bool],
+    needs_think: bool,
+) -> list[Grade]:
+    """Grades of completions whose boxed answer is scored by `score(answer, gold, form)`."""
+    grades = []
+    for text, example, ended in zip(texts, examples, stopped, strict=True):
+        answer = boxed_answer(text)
+        form = parse_form(example.meta["answer_form"])
+        accuracy, details = (
+            (0.0, {"problem": "no_box"}) if answer is None else score(answer, example.answer, form)
+        )
+        grades.append(_grade(text, bool(ended), needs_think, answer, accuracy, details))
+    return grades
+
+
+def grade_python(
+    texts: Sequence[str],
+    examples: Sequence[Example],
+    stopped: Sequence[bool],
+    needs_think: bool,
+) -> list[Grade]:
+    """Grades by the user's function; what raises, hangs or says NaN scores 0 and is counted.
+
+    Raises:
+        ValueError: the function's file is gone, was changed, or cannot be imported.
+    """
+    answers = [boxed_answer(text) for text in texts]
+    by_file: dict[Python, list[int]] = {}
+    for i, example in enumerate(examples):
+        if answers[i] is not None:  # without a box there is nothing to ask about
+            by_file.setdefault(parse_form(example.meta["answer_form"]), []).append(i)
+    scored: dict[int, Score] = {}
+    for form, places in by_file.items():
+        calls = [
+            {
+                "answer": answers[i],
+                "gold": examples[i].answer,
+                "example": examples[i].meta.get("facts", {}),
+            }
+            for i in places
+        ]
+        verdicts = call_user_function(
+            form.file, form.function, form.time_limit_s, calls, sha256=form.sha256
+        )
+        for i, verdict in zip(places, verdicts, strict=True):
+            error = {"problem": "function_error", "error": verdict.error} if verdict.error else {}
+            scored[i] = verdict.score, {**verdict.details, **error}
+    return [
+        _grade(
+            text,
+            bool(stopped[i]),
+            needs_think,
+            answers[i],
+            *scored.get(i, (0.0, {"problem": "no_box"})),
+        )
+        for i, text in enumerate(texts)
+    ]
+
+
+def boxed_answer(text: str) -> str | None:
+    """The last boxed answer, spaces collapsed; None = there is none."""
+    boxes = find_boxes(text)
+    return normalize(boxes[-1][1]) if boxes else None
+
+
+def box_overlap(found: Any, gold: Any) -> float:
+    """Intersection over union of two boxes (x1, y1, x2, y2); a malformed one scores 0."""
+    one, other = _as_box(found), _as_box(gold)
+    if one is None or other is None:
+        return 0.0
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    shared = max(width, 0.0) * max(height, 0.0)
+    union = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)) - shared
+    return shared / union if union > 0 else 0.0
+
+
+def _as_box(value: Any) -> tuple[float, ...] | None:
+    if isinstance(value, str):
+        value = value.strip().removeprefix("(").removesuffix(")").split(",")
+    if not isinstance(value, list) or len(value) != 4:
+        return None
+    numbers = [_as_number(side) for side in value]
+    if any(side is None for side in numbers):
+        return None
+    box = tuple(side for side in numbers if side is not None)
+    return box if box[0] < box[2] and box[1] < box[3] else None
+
+
+def _as_number(value: Any) -> float | None:
+    if isinstance(value, str):
+        return parse_number(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) < 1e300 else None
+
+
+def _grade(text, ended, needs_think, answer, accuracy, details) -> Grade:
+    reason = format_reason(text, stopped=ended, needs_think=needs_think)
+    return Grade(accuracy, float(reason == "ok"), answer, reason, details)
