@@ -2,6 +2,7 @@
 
     {"form": "exact"}      the boxed answer equals the gold answer (ClevrPolicy; the default)
     choice, number, regex, tool_call, python    a user's own policy: grading/answer_forms.py
+    gta_call               one JSON tool call by GTAPolicy's metrics: grading/tool_calls.py
 
 In: texts and their Examples, batched, since some scores are cheaper together. Out: one Grade each.
 RL and the evaluators call nothing else.
@@ -25,6 +26,7 @@ from trimpi_jax.grading.answer_forms import (
     score_tool_call,
 )
 from trimpi_jax.grading.answers import Grade, grade_completion
+from trimpi_jax.grading.tool_calls import grade_tool_calls
 
 DEFAULT_FORM = {"form": "exact"}
 
@@ -86,4 +88,5 @@ FORMS: Mapping[str, FormGrader] = {
     "regex": functools.partial(grade_form, score_pattern),
     "tool_call": functools.partial(grade_form, score_tool_call),
     "python": grade_python,
+    "gta_call": grade_tool_calls,
 }
