@@ -11,16 +11,20 @@ Next: data_pipelines/clevr_policy/dataset.py
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from data_pipelines.building import write_dataset
 from data_pipelines.clevr_policy import dataset as clevr_policy
 from data_pipelines.example import Example
 from data_pipelines.own_policy import dataset as own_policy
-from data_pipelines.shards import write_dataset
+from data_pipelines.parts import OnProgress, Part, build_parts
 
-OnProgress = Callable[[int, int], None]  # (images done, images in all)
+WORKERS_FROM = 2000  # examples; a worker needs about 5 s to import JAX and compile the renderer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +34,17 @@ class Dataset:
     settings: type[Any]  # a frozen dataclass; wrong values raise ValueError
     make_splits: Callable[[Any, OnProgress], Mapping[str, Iterator[Example]]]
     recipe: Callable[[Any], dict[str, Any]]
+    make_parts: Callable[[Any], Sequence[Part]] | None = None  # parallel and resumable, if given
+    licence: Callable[[Any], str] = lambda settings: ""  # a sentence for the dataset card
 
 
 DATASETS: dict[str, Dataset] = {
     "clevr_policy": Dataset(
-        clevr_policy.ClevrPolicySettings, clevr_policy.make_splits, clevr_policy.recipe
+        clevr_policy.ClevrPolicySettings,
+        clevr_policy.make_splits,
+        clevr_policy.recipe,
+        clevr_policy.make_parts,
+        clevr_policy.licence,
     ),
     "own": Dataset(own_policy.OwnPolicySettings, own_policy.make_splits, own_policy.recipe),
 }
@@ -59,8 +69,30 @@ def build(
     settings: Any,
     folder: str | Path,
     on_progress: OnProgress = lambda done, total: None,
+    *,
+    processes: int | None = None,
 ) -> dict[str, Any]:
-    """Write the shards of a dataset; returns the manifest. See `write_dataset` for the errors."""
+    """Write the shards of a dataset; returns the manifest.
+
+    Datasets with `make_parts` are made by `processes` workers (0 = in this process; None = as many
+    as there are cores, or this process where a small set on a CPU does not repay their start), and
+    a build that was killed goes on with its missing parts. See `write_dataset` for the errors.
+    """
     dataset = DATASETS[name]
-    splits = dataset.make_splits(settings, on_progress)
-    return write_dataset(folder, splits, dataset.recipe(settings))
+    recipe, licence = dataset.recipe(settings), dataset.licence(settings)
+    if dataset.make_parts is None:
+        splits = dataset.make_splits(settings, on_progress)
+        return write_dataset(folder, splits, recipe, licence=licence)
+    parts = dataset.make_parts(settings)
+    if processes is None:
+        small = sum(part.examples for part in parts) < WORKERS_FROM
+        in_here = small and jax.default_backend() == "cpu"
+        processes = 0 if in_here else len(os.sched_getaffinity(0))
+    return build_parts(
+        folder,
+        parts,
+        recipe,
+        processes=processes,
+        on_progress=on_progress,
+        licence=licence,
+    )

@@ -1,28 +1,27 @@
 """ArrayRecord shards of Examples with a manifest that proves they are whole.
 
     DIR/manifest.json           recipe, versions, and per split: files, counts, bytes, sha256
+    DIR/README.md, samples/     the dataset card
     DIR/train-00000-of-00002.array_record, ...
 
-A dataset is built in a hidden sibling folder and renamed when it is complete, so a killed build
-leaves nothing that looks whole.
+Here: write Examples into shards, read and check what is on disk. How a whole dataset comes about is
+in building.py.
 
-Next: data_pipelines/streaming.py
+Next: data_pipelines/building.py
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from array_record.python import array_record_module
 
 from data_pipelines.example import Example, encode_record
+from data_pipelines.leakage import Identity, identify
 
 MANIFEST_VERSION = 1
 MANIFEST = "manifest.json"
@@ -30,46 +29,43 @@ MANIFEST = "manifest.json"
 WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
-def write_dataset(
-    folder: str | Path,
-    splits: Mapping[str, Iterable[Example]],
-    recipe: Mapping[str, Any],
-    *,
-    shard_examples: int = 4096,
-) -> dict[str, Any]:
-    """Write all splits and the manifest; returns the manifest.
+SHARD_EXAMPLES = 4096
 
-    Args:
-        folder: created; must not hold a dataset already.
-        splits: split name -> its Examples, consumed once in order.
-        recipe: JSON-able settings that made the data; compared by `is_whole`.
-        shard_examples: Examples a file.
+
+def write_examples(
+    building: Path, stem: str, examples: Iterable[Example], shard_examples: int = SHARD_EXAMPLES
+) -> dict[str, Any]:
+    """Write Examples as `stem-00000.array_record`, ...; returns a JSON-able report of them.
 
     Raises:
-        ValueError: the folder exists and is not empty, or an example_id occurs twice in a split.
+        ValueError: an example_id occurs twice.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; delete it or choose another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    shards: list[dict[str, Any]] = []
+    identities: list[Identity] = []
+    seen: set[str] = set()
+    writer, path = None, building
     try:
-        manifest = {
-            "version": MANIFEST_VERSION,
-            "recipe": dict(recipe),
-            "splits": {
-                split: _write_split(building, split, examples, shard_examples)
-                for split, examples in splits.items()
-            },
-        }
-        (building / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
-        if folder.exists():
-            folder.rmdir()
-        os.replace(building, folder)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-    return manifest
+        for example in examples:
+            if example.example_id in seen:
+                raise ValueError(f"example_id '{example.example_id}' occurs twice in '{stem}'")
+            seen.add(example.example_id)
+            identities.append(identify(example))
+            if writer is None or shards[-1]["count"] == shard_examples:
+                if writer is not None:
+                    writer.close()
+                path = building / f"{stem}-{len(shards):05d}.array_record"
+                path.unlink(missing_ok=True)
+                shards.append({"file": path.name, "count": 0})
+                writer = array_record_module.ArrayRecordWriter(str(path), WRITER_OPTIONS)
+            writer.write(encode_record(example))
+            shards[-1]["count"] += 1
+    finally:
+        if writer is not None:
+            writer.close()
+    for shard in shards:
+        path = building / shard["file"]
+        shard |= {"size_bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return {"shards": shards, "identities": identities}
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -138,42 +134,14 @@ def split_count(folder: str | Path, split: str) -> int:
     return read_manifest(folder)["splits"][split]["count"]
 
 
-def _write_split(
-    folder: Path, split: str, examples: Iterable[Example], shard_examples: int
-) -> dict[str, Any]:
-    files: list[Path] = []
-    counts: list[int] = []
-    seen: set[str] = set()
-    writer = None
-    try:
-        for example in examples:
-            if example.example_id in seen:
-                raise ValueError(f"example_id '{example.example_id}' occurs twice in '{split}'")
-            seen.add(example.example_id)
-            if writer is None or counts[-1] == shard_examples:
-                if writer is not None:
-                    writer.close()
-                files.append(folder / f"{split}-{len(files):05d}.array_record")
-                counts.append(0)
-                writer = array_record_module.ArrayRecordWriter(str(files[-1]), WRITER_OPTIONS)
-            writer.write(encode_record(example))
-            counts[-1] += 1
-    finally:
-        if writer is not None:
-            writer.close()
-    shards = []
-    for i, (path, count) in enumerate(zip(files, counts, strict=True)):
-        final = folder / f"{split}-{i:05d}-of-{len(files):05d}.array_record"
-        path.rename(final)
-        shards.append(
-            {
-                "file": final.name,
-                "count": count,
-                "size_bytes": final.stat().st_size,
-                "sha256": _sha256(final),
-            }
-        )
-    return {"count": sum(counts), "shards": shards}
+def is_shard_whole(folder: Path, shard: dict[str, Any]) -> bool:
+    """Whether a shard's file is what its report says."""
+    path = folder / shard["file"]
+    return (
+        path.is_file()
+        and path.stat().st_size == shard["size_bytes"]
+        and _sha256(path) == shard["sha256"]
+    )
 
 
 def _sha256(path: Path) -> str:

@@ -15,6 +15,7 @@ Next: data_pipelines/shards.py
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,10 @@ from data_pipelines.clevr_policy.tree import (
 )
 from data_pipelines.clevr_policy.wording import answer, chain_of_thought, policy_text, query
 from data_pipelines.example import Example, decode_image, encode_png
+from data_pipelines.parts import Part, iter_splits
 
 BALANCE_SCENES = 256  # scenes on which a tree's leaf shares are estimated
-RENDER_CHUNK = 64
+PART_EXAMPLES = 256  # scenes of one piece of a build, and Examples of a shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,45 +91,47 @@ def make_policies(settings: ClevrPolicySettings) -> list[PolicyTree]:
     return policies
 
 
+def make_parts(settings: ClevrPolicySettings) -> list[Part]:
+    """The dataset in pieces of at most PART_EXAMPLES scenes of one policy, for `parts.build_parts`.
+
+    A piece of `train` also makes the chains of thought about its scenes: nothing is drawn twice.
+    """
+    parts = []
+    test_counts = [len(part) for part in np.array_split(range(settings.test), settings.policies)]
+    for i, tree in enumerate(make_policies(settings)):
+        for split, count in (("train", settings.train_per_policy), ("test", test_counts[i])):
+            for start in range(0, count, PART_EXAMPLES):
+                counts = {split: min(PART_EXAMPLES, count - start)}
+                if split == "train" and start < settings.cot_per_policy:
+                    counts["cot"] = min(counts["train"], settings.cot_per_policy - start)
+                make = functools.partial(_make_part, settings, tree, f"{split}{i}", start, counts)
+                parts.append(Part(f"{split}{i}-{start}", counts, make))
+    return parts
+
+
+def _make_part(
+    settings: ClevrPolicySettings, tree: PolicyTree, purpose: str, start: int, counts: dict
+) -> dict[str, list[Example]]:
+    scenes = _scenes(settings, purpose, start, max(counts.values()))
+    images = _images(settings, scenes)
+    return {
+        split: [
+            make_example(tree, scene, png, with_cot=split == "cot")
+            for scene, png in zip(scenes[:count], images, strict=False)
+        ]
+        for split, count in counts.items()
+    }
+
+
 def make_splits(
     settings: ClevrPolicySettings,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Iterator[Example]]:
-    """Split name -> Examples, rendered lazily in chunks; `on_progress(done, total)` in images.
+    """Split name -> Examples, made lazily in this process; `on_progress(done, total)` in examples.
 
-    The `cot` split repeats images of `train`; they are kept, not rendered twice. Consume `train`
-    before `cot`.
+    Consume `train` before `cot`: what is not asked for yet is kept.
     """
-    policies = make_policies(settings)
-    test_counts = [len(part) for part in np.array_split(range(settings.test), settings.policies)]
-    total = settings.policies * settings.train_per_policy + settings.test
-    done = 0
-    with_cot: list[Example] = []
-
-    def generate(split: str, counts: Sequence[int]) -> Iterator[Example]:
-        nonlocal done
-        for i, (tree, count) in enumerate(zip(policies, counts, strict=True)):
-            for start in range(0, count, RENDER_CHUNK):
-                size = min(RENDER_CHUNK, count - start)
-                scenes = _scenes(settings, f"{split}{i}", start, size)
-                for scene, png in zip(scenes, _images(settings, scenes), strict=True):
-                    example = make_example(tree, scene, png, with_cot=False)
-                    if split == "train" and start < settings.cot_per_policy:
-                        with_cot.append(make_example(tree, scene, png, with_cot=True))
-                    yield example
-                done += size
-                on_progress(done, total)
-            if split == "train":
-                del with_cot[settings.cot_per_policy * (i + 1) :]
-
-    def cot() -> Iterator[Example]:
-        yield from with_cot
-
-    return {
-        "train": generate("train", [settings.train_per_policy] * settings.policies),
-        "cot": cot(),
-        "test": generate("test", test_counts),
-    }
+    return iter_splits(make_parts(settings), on_progress)
 
 
 def make_example(tree: PolicyTree, scene: Scene, png: bytes, *, with_cot: bool) -> Example:
@@ -216,3 +220,14 @@ def recipe(settings: ClevrPolicySettings) -> dict[str, Any]:
     import jax
 
     return {"dataset": "clevr_policy_t", "jax": jax.__version__, **dataclasses.asdict(settings)}
+
+
+def licence(settings: ClevrPolicySettings) -> str:
+    """Whose the pictures are, for the dataset card."""
+    if settings.clevr_dir:
+        return (
+            "Pictures and scene graphs come from CLEVR_v1.0 (Johnson et al. 2017), Creative Commons"
+            " Attribution 4.0 (CC BY 4.0); policies, questions and answers were generated by"
+            " trimpi_jax, Apache-2.0."
+        )
+    return "Pictures, policies, questions and answers were generated by trimpi_jax, Apache-2.0."

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from data_pipelines.building import write_dataset
 from data_pipelines.example import Example
-from data_pipelines.shards import write_dataset
 from data_pipelines.streaming import encode_state, make_stream, read_split, restore_state
 
 COUNT = 10

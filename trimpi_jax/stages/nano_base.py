@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data_pipelines.building import write_dataset
 from data_pipelines.example import Example, decode_record
 from data_pipelines.nano_base.corpus import iter_corpus
 from data_pipelines.nano_base.mixture import (
@@ -29,7 +30,7 @@ from data_pipelines.nano_base.mixture import (
     task_of_step,
 )
 from data_pipelines.nano_base.scenes import SceneSetSettings, make_scene_examples, scene_objects
-from data_pipelines.shards import check_dataset, split_files, write_dataset
+from data_pipelines.shards import check_dataset, split_files
 from trimpi_jax.inputs.batching import choose_bucket, drop_too_long, make_batch
 from trimpi_jax.inputs.encode import EncodedRow, encode_example, encode_with_completion
 from trimpi_jax.io.progress import Progress

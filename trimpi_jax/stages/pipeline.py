@@ -181,8 +181,6 @@ def prepare_data(config: ConfigDict, folder: Path, progress: Progress) -> None:
             raise ValueError(f"{folder} was built otherwise:\n  " + "\n  ".join(lines))
         progress.say(f"data: {folder} is whole, reused")
         return
-    for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a build that was killed
-        shutil.rmtree(leftover)
     with progress.task("data", None) as bar:
         manifest = build(dataset, settings, folder, lambda done, total: bar(done, {}, total=total))
     counts = {name: split["count"] for name, split in manifest["splits"].items()}

@@ -108,14 +108,14 @@ def test_examples_survive_their_records(splits):
         assert decode_record(encode_record(example)) == example
 
 
-def test_progress_counts_images_to_the_end():
+def test_progress_counts_examples_to_the_end():
     seen = []
     settings = dataclasses.replace(
         SETTINGS, policies=1, train_per_policy=2, cot_per_policy=1, test=1
     )
     for examples in make_splits(settings, lambda done, total: seen.append((done, total))).values():
         list(examples)
-    assert seen == [(2, 3), (3, 3)]
+    assert seen == [(3, 4), (4, 4)]  # a chain of thought is an example, too
 
 
 @pytest.mark.parametrize(
