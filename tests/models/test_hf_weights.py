@@ -109,7 +109,7 @@ def test_all_misfits_are_listed(tmp_path, untied):
     with pytest.raises(ValueError) as error:
         hf_weights.load_hf(tmp_path)
     message = str(error.value)
-    assert message.startswith("4 tensors do not fit")
+    assert message.startswith(f"{tmp_path}: 4 tensors do not fit")
     assert "missing: model.norm.weight [64]" in message
     assert "missing: visual.merger.mlp.0.bias [256]" in message
     assert "unknown: visual.extra.weight [5] in model.safetensors" in message

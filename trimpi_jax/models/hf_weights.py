@@ -1,118 +1,55 @@
 """Weights in and out of Hugging Face directories: config.json and *.safetensors, nothing else.
 
-One rule covers every tensor. A torch matrix is [outputs, inputs] with heads flattened; ours is
-[*inputs, *outputs]:
+    load_params   disk -> devices; a host reads the parts that its devices hold, tensor by tensor
+    load_hf       disk -> numpy, all of it; for small models and tests
+    save_hf       devices or numpy -> disk, tensor by tensor
 
-    kernel   reshape(w, (outputs, inputs)).T, then reshape to our shape     (Conv3d and head too)
-    others   reshape to our shape                                           (bias, scale, embedding)
+Memory of the host, beside the weights themselves: about one tensor. Exchanging axes, casting and
+stacking the layers happen on the devices. Pickled weights are never opened, remote code never run.
 
-so both directions are one transpose, and a round trip is bitwise exact. Names are those of the hub
-(`model.layers...`, `visual...`); the longer ones that transformers uses in memory since 4.52
-(`model.language_model...`, `model.visual...`) are read too. Pickled weights are never opened.
-
-Source: https://huggingface.co/Qwen/Qwen2.5-VL-7B-Instruct, model.safetensors.index.json.
-Next: trimpi_jax/models/processor.py
+Next: trimpi_jax/models/peft_adapter.py
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jax.sharding import NamedSharding, PartitionSpec
 
 from trimpi_jax.models.config import VLMConfig
+from trimpi_jax.models.hf_files import (
+    DTYPE_OF_FORMAT,
+    INDEX_FILE,
+    SINGLE_FILE,
+    STORED_DTYPES,
+    Located,
+    ToWrite,
+    find_tensors,
+    read_block,
+    write_file,
+    write_index,
+)
+from trimpi_jax.models.hf_names import (
+    Index,
+    TensorSpec,
+    disk_to_ours,
+    fold_names,
+    ours_to_disk,
+    tensor_specs,
+)
 from trimpi_jax.models.layers import Params
 from trimpi_jax.models.lora import is_lora_leaf
 from trimpi_jax.models.vlm import param_shapes
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 MAX_SHARD_BYTES = 5 * 2**30  # the hub's habit: shards of about 5 GB
-STORED_DTYPES = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
-
-# our module -> hub module; {i} is the layer
-MODULES = {
-    "vision/patch_embed": "visual.patch_embed.proj",
-    "vision/blocks/norm1": "visual.blocks.{i}.norm1",
-    "vision/blocks/norm2": "visual.blocks.{i}.norm2",
-    "vision/blocks/qkv": "visual.blocks.{i}.attn.qkv",
-    "vision/blocks/proj": "visual.blocks.{i}.attn.proj",
-    "vision/blocks/gate": "visual.blocks.{i}.mlp.gate_proj",
-    "vision/blocks/up": "visual.blocks.{i}.mlp.up_proj",
-    "vision/blocks/down": "visual.blocks.{i}.mlp.down_proj",
-    "vision/merger/norm": "visual.merger.ln_q",
-    "vision/merger/fc1": "visual.merger.mlp.0",
-    "vision/merger/fc2": "visual.merger.mlp.2",
-    "language/embed": "model.embed_tokens",
-    "language/layers/input_norm": "model.layers.{i}.input_layernorm",
-    "language/layers/post_norm": "model.layers.{i}.post_attention_layernorm",
-    "language/layers/q": "model.layers.{i}.self_attn.q_proj",
-    "language/layers/k": "model.layers.{i}.self_attn.k_proj",
-    "language/layers/v": "model.layers.{i}.self_attn.v_proj",
-    "language/layers/o": "model.layers.{i}.self_attn.o_proj",
-    "language/layers/gate": "model.layers.{i}.mlp.gate_proj",
-    "language/layers/up": "model.layers.{i}.mlp.up_proj",
-    "language/layers/down": "model.layers.{i}.mlp.down_proj",
-    "language/final_norm": "model.norm",
-    "language/head": "lm_head",
-}
-
-
-class TensorSpec(NamedTuple):
-    """One tensor on disk, and where it lives in our tree."""
-
-    name: str  # hub name
-    shape: tuple[int, ...]  # on disk
-    path: tuple[str, ...]  # in our tree
-    layer: int | None  # index on the stacked axis
-    ours: tuple[int, ...]  # our shape, without the stacked axis
-
-
-def tensor_specs(config: VLMConfig) -> list[TensorSpec]:
-    """Every tensor of a checkpoint in a fixed order; a tied head has none."""
-    specs = []
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(config)):
-        path = tuple(key.key for key in key_path)
-        hub = MODULES["/".join(path[:-1])]
-        name = hub + (".bias" if path[-1] == "bias" else ".weight")
-        stacked = "{i}" in hub
-        ours = leaf.shape[1:] if stacked else leaf.shape
-        shape = _stored_shape(config, path, ours)
-        for layer in range(leaf.shape[0]) if stacked else (None,):
-            specs.append(TensorSpec(name.format(i=layer), shape, path, layer, ours))
-    return specs
-
-
-def load_hf(directory: str | Path, *, dtype: Any = np.float32) -> tuple[VLMConfig, Params]:
-    """Reads a Qwen2.5-VL checkpoint.
-
-    Args:
-      directory: holds config.json and model.safetensors, or shards with their index.
-      dtype: of the returned weights.
-
-    Returns:
-      (config, params as numpy arrays on the host); put them on devices with your shardings.
-
-    Raises:
-      FileNotFoundError: no config.json or no safetensors.
-      ValueError: another architecture; a damaged file; or tensors that are missing, unknown or of
-        another shape, all listed.
-    """
-    directory = Path(directory)
-    config = read_config(directory)
-    return config, read_params(directory, config, dtype=dtype)
 
 
 def read_config(directory: str | Path) -> VLMConfig:
@@ -121,28 +58,96 @@ def read_config(directory: str | Path) -> VLMConfig:
     if not path.is_file():
         raise FileNotFoundError(f"No config.json in {directory}: not a Hugging Face model folder.")
     try:
-        return VLMConfig.from_hf(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
+        fields = json.loads(path.read_text())
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is no JSON object.")
+    try:
+        return VLMConfig.from_hf(fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def read_params(directory: Path, config: VLMConfig, *, dtype: Any = np.float32) -> Params:
-    """The weights of a checkpoint directory, checked against the config. See `load_hf`."""
-    found = _find_tensors(directory)
-    specs = tensor_specs(config)
-    _compare(specs, found, config)
+def check_weights(directory: str | Path, config: VLMConfig) -> dict[str, Located]:
+    """Where every tensor is, after comparing all headers with the config; reads no weight.
+
+    Raises:
+      FileNotFoundError: no safetensors file.
+      ValueError: a damaged file or index; or tensors that are missing, unknown, of another shape or
+        of a type that holds no weights, all listed.
+    """
+    found = find_tensors(Path(directory))
+    _compare(tensor_specs(config), found, config)
+    return found
+
+
+def stored_dtype(directory: str | Path) -> str:
+    """In what most numbers of a checkpoint are stored: "bfloat16", "float16" or "float32"."""
+    sizes: dict[str, int] = {}
+    for located in find_tensors(Path(directory)).values():
+        sizes[located.format] = sizes.get(located.format, 0) + math.prod(located.shape)
+    return DTYPE_OF_FORMAT[max(sizes, key=lambda name: sizes[name])]
+
+
+def load_params(
+    directory: str | Path, config: VLMConfig, shardings: Any, *, dtype: Any = np.float32
+) -> Params:
+    """Reads a checkpoint onto the devices.
+
+    Every process calls it with the same arguments and reads only what its own devices hold. Layers
+    are put one by one into their stacked leaf, which is donated, so no second copy exists.
+
+    Args:
+      directory: holds model.safetensors, or shards with their index.
+      config: from `read_config`.
+      shardings: a NamedSharding per weight, as `sharding.param_shardings` gives.
+      dtype: of the returned weights.
+
+    Returns:
+      A tree of jax arrays.
+
+    Raises:
+      As `check_weights`, before anything is read.
+    """
+    found = check_weights(directory, config)
     shapes = param_shapes(config)
-    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, dtype), shapes)
-    by_file: dict[Path, list[TensorSpec]] = {}
-    for spec in specs:
-        by_file.setdefault(found[spec.name].file, []).append(spec)
-    for file, wanted in by_file.items():
-        with _open(file) as tensors:
-            for spec in wanted:
-                target = _leaf(params, spec.path)
-                value = _from_hub(tensors.get_tensor(found[spec.name].stored), spec)
-                target[... if spec.layer is None else spec.layer] = value
+    by_path: dict[tuple[str, ...], list[TensorSpec]] = {}
+    for spec in tensor_specs(config):
+        by_path.setdefault(spec.path, []).append(spec)
+    params: Params = {}
+    for path, specs in by_path.items():
+        sharding = _leaf(shardings, path)
+        if specs[0].layer is None:
+            value = _convert(specs[0], sharding, dtype)(_read(found, specs[0], sharding))
+        else:
+            value = _stack(found, specs, _leaf(shapes, path).shape, sharding, dtype)
+        _set_leaf(params, path, value.block_until_ready())
     return params
+
+
+def load_hf(directory: str | Path, *, dtype: Any = np.float32) -> tuple[VLMConfig, Params]:
+    """Reads a Qwen2.5-VL checkpoint into the memory of the host.
+
+    Args:
+      directory: holds config.json and model.safetensors, or shards with their index.
+      dtype: of the returned weights.
+
+    Returns:
+      (config, params as numpy arrays).
+
+    Raises:
+      FileNotFoundError: no config.json or no safetensors.
+      ValueError: another architecture, or what `check_weights` complains about.
+    """
+    config = read_config(directory)
+    found = check_weights(directory, config)
+    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, dtype), param_shapes(config))
+    for spec in tensor_specs(config):
+        block = read_block(found[spec.name], spec, tuple(slice(size) for size in spec.unfolded))
+        target = _leaf(params, spec.path)
+        target[... if spec.layer is None else spec.layer] = disk_to_ours(block, spec)
+    return config, params
 
 
 def save_hf(
@@ -154,10 +159,12 @@ def save_hf(
 ) -> None:
     """Writes config.json and weights that transformers' `from_pretrained` loads.
 
+    With several processes all must call it; the first one writes.
+
     Args:
       directory: made if missing.
       config: the model.
-      params: plain weights; merge LoRA first.
+      params: plain weights, numpy or jax; merge LoRA first.
       dtype: "float32", "bfloat16" or "float16" on disk.
       max_shard_bytes: start a new file when one would grow beyond this.
 
@@ -168,72 +175,109 @@ def save_hf(
         raise ValueError(f"dtype must be one of {sorted(STORED_DTYPES)}, got {dtype!r}.")
     _check_tree(config, params)
     directory = Path(directory)
+    specs = tensor_specs(config)
+    if jax.process_index():
+        for spec in specs:  # the gathering of a tensor takes part of every process
+            _to_disk(params, spec, dtype)
+        return
     directory.mkdir(parents=True, exist_ok=True)
-    stored = STORED_DTYPES[dtype]
-    shards = _split(tensor_specs(config), stored.itemsize, max_shard_bytes)
+    shards = _split(specs, STORED_DTYPES[dtype].itemsize, max_shard_bytes)
     weight_map, total = {}, 0
     for number, shard in enumerate(shards, start=1):
         name = SINGLE_FILE
         if len(shards) > 1:
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {spec.name: _to_hub(_leaf(params, spec.path), spec, stored) for spec in shard}
-        save_file(tensors, directory / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, name))
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    stale = [*directory.glob("model*.safetensors"), directory / INDEX_FILE]
-    for file in stale:
+        tensors = [
+            ToWrite(spec.name, spec.shape, functools.partial(_to_disk, params, spec, dtype))
+            for spec in shard
+        ]
+        total += write_file(directory / name, tensors, dtype)
+        weight_map.update({spec.name: name for spec in shard})
+    for file in (*directory.glob("model*.safetensors"), directory / INDEX_FILE):
         if file.name not in weight_map.values():
             file.unlink(missing_ok=True)  # an index or shards of an earlier save would be read
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_index(directory, weight_map, total)
     text = json.dumps(config.to_hf(dtype), indent=2, sort_keys=True)
     (directory / "config.json").write_text(text + "\n")
 
 
-class _Found(NamedTuple):
-    file: Path
-    stored: str  # the name inside the file
-    shape: tuple[int, ...]
+def _read(found: Mapping[str, Located], spec: TensorSpec, sharding: NamedSharding) -> jax.Array:
+    """A tensor as it lies on disk, its axes unfolded, cut over the devices as ours will be."""
+
+    @functools.cache  # devices that hold the same part share one reading of it
+    def block(*bounds: tuple[int, int]) -> np.ndarray:
+        index = tuple(slice(start, stop) for start, stop in bounds)
+        return read_block(found[spec.name], spec, index)
+
+    def callback(index: Index | None) -> np.ndarray:
+        assert index is not None
+        sized = zip(index, spec.unfolded, strict=True)
+        return block(*(part.indices(size)[:2] for part, size in sized))
+
+    return jax.make_array_from_callback(spec.unfolded, _on_disk(sharding, spec), callback)
 
 
-def _find_tensors(directory: Path) -> dict[str, _Found]:
-    """Hub name -> where it is, for all tensors of the directory."""
-    index = directory / INDEX_FILE
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        absent = [name for name in names if not (directory / name).is_file()]
-        if absent:
-            raise ValueError(f"{index} names files that are not there: {absent}. Fetch them.")
-        files = [directory / name for name in names]
-    else:
-        files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(
-            f"No *.safetensors in {directory}. Pickled weights (*.bin, *.pt) are never opened; "
-            "convert them with transformers' save_pretrained(safe_serialization=True)."
-        )
-    found = {}
-    for file in files:
-        with _open(file) as tensors:
-            for stored in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                shape = tuple(tensors.get_slice(stored).get_shape())
-                found[_hub_name(stored)] = _Found(file, stored, shape)
-    return found
+def _stack(found, specs, shape, sharding, dtype) -> jax.Array:
+    """All layers of one kind, put one by one into a donated array."""
+    spec = specs[0]
+    one = NamedSharding(sharding.mesh, PartitionSpec(*_padded(sharding, len(shape))[1:]))
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=sharding)
+    def put(stacked, tensor, layer):
+        value = disk_to_ours(tensor, spec).astype(dtype)
+        return jax.lax.dynamic_update_index_in_dim(stacked, value, layer, 0)
+
+    stacked = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+    for each in specs:
+        tensor = _read(found, each, one)
+        # waiting bounds the memory: at most one tensor is on its way
+        stacked = put(stacked, tensor, jnp.int32(each.layer)).block_until_ready()
+    return stacked
 
 
-def _hub_name(stored: str) -> str:
-    """The hub spelling of a name as transformers 4.52 and later hold it in memory."""
-    for long, short in (("model.language_model.", "model."), ("model.visual.", "visual.")):
-        if stored.startswith(long):
-            return short + stored.removeprefix(long)
-    return stored
+def _convert(spec: TensorSpec, sharding: NamedSharding, dtype: Any) -> Any:
+    return jax.jit(lambda tensor: disk_to_ours(tensor, spec).astype(dtype), out_shardings=sharding)
 
 
-def _compare(specs: list[TensorSpec], found: Mapping[str, _Found], config: VLMConfig) -> None:
+def _on_disk(sharding: NamedSharding, spec: TensorSpec) -> NamedSharding:
+    names = _padded(sharding, len(spec.ours))
+    return NamedSharding(sharding.mesh, PartitionSpec(*(names[axis] for axis in spec.disk_axes)))
+
+
+def _padded(sharding: NamedSharding, rank: int) -> tuple[Any, ...]:
+    return (*sharding.spec, *(None,) * (rank - len(sharding.spec)))
+
+
+def _to_disk(params: Params, spec: TensorSpec, dtype: str) -> np.ndarray:
+    """One tensor as it will lie on disk; gathered and cast on the devices where there are any."""
+    leaf = _leaf(params, spec.path)
+    if not isinstance(leaf, jax.Array):
+        value = np.asarray(leaf if spec.layer is None else leaf[spec.layer])
+        return np.ascontiguousarray(ours_to_disk(value, spec).astype(STORED_DTYPES[dtype]))
+    layer = None if spec.layer is None else jnp.int32(spec.layer)
+    return np.asarray(_gather(leaf, layer, spec._replace(name="", path=(), layer=None), dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _gather_here(leaf: jax.Array, layer: jax.Array | None, spec: TensorSpec, dtype: str):
+    value = leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, 0, False)
+    return ours_to_disk(value, spec).astype(STORED_DTYPES[dtype])
+
+
+def _gather(leaf: jax.Array, layer: jax.Array | None, spec: TensorSpec, dtype: str) -> jax.Array:
+    value = _gather_here(leaf, layer, spec, dtype)
+    if value.is_fully_addressable:
+        return value
+    everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())  # type: ignore[attr-defined]
+    return jax.jit(lambda x: x, out_shardings=everywhere)(value)
+
+
+def _compare(specs: list[TensorSpec], found: Mapping[str, Located], config: VLMConfig) -> None:
     wanted = {spec.name: spec for spec in specs}
+    missing = {name: spec.shape for name, spec in wanted.items() if name not in found}
     problems = [
-        f"missing: {name} {list(spec.shape)}" for name, spec in wanted.items() if name not in found
+        f"missing: {line} {list(missing[first])}" for line, first in fold_names(missing)
     ]
     for name, there in found.items():
         if name not in wanted:
@@ -245,10 +289,21 @@ def _compare(specs: list[TensorSpec], found: Mapping[str, _Found], config: VLMCo
                 f"shape: {there.stored} is {list(there.shape)} in {there.file.name}, the config "
                 f"says {list(wanted[name].shape)}"
             )
-    if problems:
-        raise ValueError(
-            f"{len(problems)} tensors do not fit config.json:\n  " + "\n  ".join(problems)
-        )
+        elif there.format not in DTYPE_OF_FORMAT:
+            problems.append(
+                f"type: {there.stored} in {there.file.name} is stored as {there.format}; only "
+                f"{sorted(DTYPE_OF_FORMAT)} are read (quantized checkpoints are not)"
+            )
+    if not problems:
+        return
+    folder = next(iter(found.values())).file.parent if found else ""
+    hint = ""
+    if not any(name.startswith("visual.") for name in found):
+        hint = " No tensor of a vision tower is there: a text-only checkpoint?"
+    raise ValueError(
+        f"{folder}: {len(missing) + sum(not line.startswith('missing') for line in problems)} "
+        f"tensors do not fit config.json.{hint}\n  " + "\n  ".join(problems)
+    )
 
 
 def _check_tree(config: VLMConfig, params: Params) -> None:
@@ -270,47 +325,16 @@ def _check_tree(config: VLMConfig, params: Params) -> None:
         raise ValueError("Weights do not fit the config:\n  " + "\n  ".join(problems))
 
 
-def _open(file: Path):
-    try:
-        return safe_open(file, "np")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{file} is damaged or cut short ({file.stat().st_size} bytes): {error}. "
-            "Fetch the file again."
-        ) from error
-
-
-def _stored_shape(
-    config: VLMConfig, path: tuple[str, ...], ours: tuple[int, ...]
-) -> tuple[int, ...]:
-    vision = config.vision
-    if path == ("vision", "patch_embed", "kernel"):
-        patch = (vision.temporal_patch_size, vision.patch_size, vision.patch_size)
-        return (vision.width, vision.channels, *patch)
-    if path[-1] == "kernel":
-        inputs = 2 if path[-2] in ("o", "proj") else 1  # the maps out of heads take (N, H)
-        return (math.prod(ours[inputs:]), math.prod(ours[:inputs]))
-    return (math.prod(ours),) if path[-1] in ("bias", "scale") else ours
-
-
-def _from_hub(tensor: np.ndarray, spec: TensorSpec) -> np.ndarray:
-    if spec.path[-1] == "kernel":
-        tensor = tensor.reshape(tensor.shape[0], -1).T
-    return tensor.reshape(spec.ours)
-
-
-def _to_hub(leaf: Any, spec: TensorSpec, dtype: np.dtype) -> np.ndarray:
-    value = np.asarray(leaf if spec.layer is None else leaf[spec.layer])
-    if spec.path[-1] == "kernel":
-        value = value.reshape(-1, spec.shape[0]).T
-    # safetensors writes the buffer as it lies in memory: a transposed view would be scrambled
-    return np.ascontiguousarray(value.reshape(spec.shape).astype(dtype))
-
-
-def _leaf(tree: Params, path: tuple[str, ...]) -> Any:
+def _leaf(tree: Any, path: tuple[str, ...]) -> Any:
     for name in path:
         tree = tree[name]
     return tree
+
+
+def _set_leaf(tree: Params, path: tuple[str, ...], value: Any) -> None:
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = value
 
 
 def _split(specs: list[TensorSpec], itemsize: int, limit: int) -> list[list[TensorSpec]]:
