@@ -10,6 +10,7 @@ Next: trimpi_jax/io/metrics.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,48 @@ def _abstract(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
     return leaf
+
+
+def saved_steps(folder: str | Path) -> list[int]:
+    """The steps of the whole checkpoints in a folder, also in one that is being written to."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    return sorted(
+        int(path.name)
+        for path in folder.iterdir()
+        if path.name.isdigit() and (path / "_CHECKPOINT_METADATA").is_file()
+    )
+
+
+def restore_params(
+    folder: str | Path, step: int, shardings_of: Callable[[Any], Any], dtype: Any = None
+) -> Any:
+    """The parameters of checkpoint `step`, without the optimizer's state.
+
+    Args:
+        folder: of the checkpoints.
+        step: one of `saved_steps`.
+        shardings_of: from the tree of shapes to a sharding per parameter.
+        dtype: of the restored parameters; None = as saved.
+    """
+    item = Path(folder).resolve() / str(step) / "state"
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(item).item_metadata.tree["params"]
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), saved
+        )
+        template = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            shardings_of(shapes),
+        )
+        wanted = {"params": template}
+        return checkpointer.restore(
+            item,
+            args=ocp.args.PyTreeRestore(
+                wanted,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                partial_restore=True,
+            ),
+        )["params"]

@@ -117,8 +117,8 @@ def ours_to_disk(leaf: Any, spec: TensorSpec) -> Any:
 def flat_runs(index: Index, sizes: Sequence[int]) -> list[tuple[int, int]]:
     """Ranges of the flattened array that a block covers, in order.
 
-        [2:4] of 6              (2, 4)
-        [:, 1:2, :] of 3 2 5    (5, 10) (15, 20) (25, 30)
+    [2:4] of 6              (2, 4)
+    [:, 1:2, :] of 3 2 5    (5, 10) (15, 20) (25, 30)
     """
     covered = np.arange(math.prod(sizes)).reshape(tuple(sizes))[index].reshape(-1)
     breaks = np.flatnonzero(np.diff(covered) != 1) + 1
@@ -128,7 +128,7 @@ def flat_runs(index: Index, sizes: Sequence[int]) -> list[tuple[int, int]]:
 def fold_names(names: Iterable[str]) -> list[tuple[str, str]]:
     """Names that differ only in the layer number as one, with the first name of each.
 
-        model.layers.0.mlp.up_proj.weight, model.layers.1...    model.layers.{0-1}.mlp.up_proj.weight
+    model.layers.0.mlp.up_proj.weight, model.layers.1...    model.layers.{0-1}.mlp.up_proj.weight
     """
     layers: dict[tuple[str, str], list[int]] = {}
     firsts: dict[tuple[str, str], str] = {}

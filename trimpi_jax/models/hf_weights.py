@@ -3,6 +3,7 @@
     load_params   disk -> devices; a host reads the parts that its devices hold, tensor by tensor
     load_hf       disk -> numpy, all of it; for small models and tests
     save_hf       devices or numpy -> disk, tensor by tensor
+    copy_hf       disk -> disk, in another dtype or other shards
 
 Memory of the host, beside the weights themselves: about one tensor. Exchanging axes, casting and
 stacking the layers happen on the devices. Pickled weights are never opened, remote code never run.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -171,14 +172,48 @@ def save_hf(
     Raises:
       ValueError: LoRA leaves, an unknown dtype, or weights that do not fit the config.
     """
+    _check_tree(config, params)
+    _write(directory, config, functools.partial(_to_disk, params), dtype, max_shard_bytes)
+
+
+def copy_hf(
+    source: str | Path,
+    directory: str | Path,
+    config: VLMConfig,
+    dtype: str,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes the weights of one folder into another, in another dtype or other shards.
+
+    Tensor by tensor on the host; tensors that keep their dtype keep their bytes.
+
+    Raises:
+      As `check_weights`, and ValueError for an unknown dtype.
+    """
+    found = check_weights(source, config)
+
+    def value(spec: TensorSpec, dtype: str) -> np.ndarray:
+        whole = tuple(slice(size) for size in spec.unfolded)
+        block = read_block(found[spec.name], spec, whole).reshape(spec.shape)
+        return block.astype(STORED_DTYPES[dtype], copy=False)
+
+    _write(directory, config, value, dtype, max_shard_bytes)
+
+
+def _write(
+    directory: str | Path,
+    config: VLMConfig,
+    value: Callable[[TensorSpec, str], np.ndarray],
+    dtype: str,
+    max_shard_bytes: int,
+) -> None:
+    """config.json, shards and index; `value` makes a tensor when its turn comes."""
     if dtype not in STORED_DTYPES:
         raise ValueError(f"dtype must be one of {sorted(STORED_DTYPES)}, got {dtype!r}.")
-    _check_tree(config, params)
-    directory = Path(directory)
-    specs = tensor_specs(config)
+    directory, specs = Path(directory), tensor_specs(config)
     if jax.process_index():
-        for spec in specs:  # the gathering of a tensor takes part of every process
-            _to_disk(params, spec, dtype)
+        for spec in specs:  # every process takes part in the gathering of a tensor
+            value(spec, dtype)
         return
     directory.mkdir(parents=True, exist_ok=True)
     shards = _split(specs, STORED_DTYPES[dtype].itemsize, max_shard_bytes)
@@ -188,8 +223,7 @@ def save_hf(
         if len(shards) > 1:
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = [
-            ToWrite(spec.name, spec.shape, functools.partial(_to_disk, params, spec, dtype))
-            for spec in shard
+            ToWrite(spec.name, spec.shape, functools.partial(value, spec, dtype)) for spec in shard
         ]
         total += write_file(directory / name, tensors, dtype)
         weight_map.update({spec.name: name for spec in shard})
@@ -276,9 +310,7 @@ def _gather(leaf: jax.Array, layer: jax.Array | None, spec: TensorSpec, dtype: s
 def _compare(specs: list[TensorSpec], found: Mapping[str, Located], config: VLMConfig) -> None:
     wanted = {spec.name: spec for spec in specs}
     missing = {name: spec.shape for name, spec in wanted.items() if name not in found}
-    problems = [
-        f"missing: {line} {list(missing[first])}" for line, first in fold_names(missing)
-    ]
+    problems = [f"missing: {line} {list(missing[first])}" for line, first in fold_names(missing)]
     for name, there in found.items():
         if name not in wanted:
             if name == "lm_head.weight" and config.text.tied:

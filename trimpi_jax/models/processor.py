@@ -1,9 +1,9 @@
 """The host side of the model: text to ids, images to resized pixels, in Hugging Face layout.
 
-In: a folder with tokenizer.json, tokenizer_config.json (chat template) and
-preprocessor_config.json. Out: token ids with one placeholder per merged visual cell, and uint8
-images whose sides are multiples of `patch_size * merge_size`. Normalisation happens on the device
-(`models.vision`), so an image travels as bytes.
+In: a folder with tokenizer.json, tokenizer_config.json, a chat template and
+preprocessor_config.json, as the hub has it or as transformers 5 writes it. Out: token ids with one
+placeholder per merged visual cell, and uint8 images whose sides are multiples of `patch_size *
+merge_size`. Normalisation happens on the device (`models.vision`), so an image travels as bytes.
 
 Source: transformers `processing_qwen2_5_vl.py`, `image_processing_pil_qwen2_vl.py` (smart_resize,
 PIL bicubic on uint8), Qwen2.5-VL's chat template.
@@ -24,18 +24,26 @@ import numpy as np
 from PIL import Image
 
 from trimpi_jax.models.config import VisionConfig, VLMConfig
+from trimpi_jax.models.vision import PIXEL_MEAN, PIXEL_STD
 
-TOKENIZER_FILES = (
+PROCESSOR_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
-    "chat_template.jinja",
-    "preprocessor_config.json",
-    "generation_config.json",
+    "added_tokens.json",
     "special_tokens_map.json",
     "vocab.json",
     "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "generation_config.json",
 )
+IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")  # hub; transformers 5
 MAX_ASPECT = 200  # transformers smart_resize
+MIN_PIXELS, MAX_PIXELS = 56 * 56, 28 * 28 * 1280  # transformers' class defaults
+BICUBIC = 3  # PIL's number, as preprocessor files spell it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,47 +59,112 @@ class Processor:
     max_pixels: int
 
 
-def load_processor(folder: str | Path, config: VLMConfig) -> Processor:
+def load_processor(
+    folder: str | Path,
+    config: VLMConfig,
+    *,
+    min_pixels: int = 0,
+    max_pixels: int = 0,
+) -> Processor:
     """The processor of a model folder.
 
+    Args:
+        folder: holds tokenizer.json, tokenizer_config.json, and preprocessor_config.json (hub) or
+            processor_config.json (transformers 5).
+        config: of the model.
+        min_pixels, max_pixels: area of a resized image in px; 0 = what the folder says.
+
     Raises:
-        ValueError: files are missing, there is no chat template, or the tokenizer does not know
-            the image token that the model uses.
+        ValueError: files are missing, there is no chat template, it has no place for images, the
+            tokenizer does not know the image token that the model uses, or images are prepared in
+            a way that this port does not have.
     """
     from transformers import AutoTokenizer  # slow import: only where a tokenizer is needed
 
     folder = Path(folder)
     missing = [
         name
-        for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
+        for name in ("tokenizer.json", "tokenizer_config.json")
         if not (folder / name).is_file()
     ]
+    if not any((folder / name).is_file() for name in IMAGE_FILES):
+        missing.append(IMAGE_FILES[0])
     if missing:
         raise ValueError(f"{folder} lacks {missing}; copy them from the model's original folder")
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=False
+    )
+    _use_processor_template(tokenizer, folder)
     if not tokenizer.chat_template:
-        raise ValueError(f"{folder}/tokenizer_config.json has no chat_template")
+        raise ValueError(
+            f"{folder} has no chat template (chat_template.jinja, chat_template.json or"
+            " chat_template in tokenizer_config.json)"
+        )
     if tokenizer.convert_tokens_to_ids("<|image_pad|>") != config.image_token_id:
         raise ValueError(
             f"{folder}: <|image_pad|> is id {tokenizer.convert_tokens_to_ids('<|image_pad|>')} in"
             f" the tokenizer, but image_token_id is {config.image_token_id} in config.json"
         )
-    sizes = json.loads((folder / "preprocessor_config.json").read_text())
-    size = sizes.get("size") or {}
-    return Processor(
+    if len(tokenizer) > config.text.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, more than vocab_size"
+            f" {config.text.vocab_size} of config.json"
+        )
+    settings = image_settings(folder)
+    _check_image_settings(folder, settings, config.vision)
+    smallest, largest = size_limits(settings)
+    smallest, largest = min_pixels or smallest, max_pixels or largest
+    if not 0 < smallest <= largest:
+        raise ValueError(f"{folder}: min_pixels {smallest} and max_pixels {largest} are no range")
+    processor = Processor(
         tokenizer=tokenizer,
         vision=config.vision,
         image_token_id=config.image_token_id,
         stop_token_ids=tuple(config.eos_token_ids),
         vocab_size=config.text.vocab_size,
-        min_pixels=int(sizes.get("min_pixels") or size.get("shortest_edge") or 56 * 56),
-        max_pixels=int(sizes.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280),
+        min_pixels=smallest,
+        max_pixels=largest,
+    )
+    probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]
+    cell = config.vision.patch_size * config.vision.merge_size
+    try:
+        encode_prompt_tokens(processor, probe, [(cell, cell)])
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{folder}: the chat template does not place images: {error}. Is it that of a text-only"
+            " model?"
+        ) from error
+    return processor
+
+
+def image_settings(folder: Path) -> dict[str, Any]:
+    """The image part of preprocessor_config.json, or of transformers 5's processor_config.json."""
+    for name in IMAGE_FILES:
+        if not (folder / name).is_file():
+            continue
+        try:
+            fields = json.loads((folder / name).read_text())
+        except ValueError as error:
+            raise ValueError(f"{folder / name} is not valid JSON: {error}") from error
+        if name == IMAGE_FILES[0]:
+            return fields
+        if "image_processor" in fields:
+            return fields["image_processor"]
+    raise ValueError(f"{folder} has no image settings; copy preprocessor_config.json to it")
+
+
+def size_limits(settings: dict[str, Any]) -> tuple[int, int]:
+    """(min_pixels, max_pixels) in either spelling; the older one wins, as in transformers."""
+    size = settings.get("size") or {}
+    return (
+        int(settings.get("min_pixels") or size.get("shortest_edge") or MIN_PIXELS),
+        int(settings.get("max_pixels") or size.get("longest_edge") or MAX_PIXELS),
     )
 
 
 def copy_processor_files(source: str | Path, target: str | Path) -> None:
     """Copy tokenizer, template and preprocessor files of a model folder to another."""
-    for name in TOKENIZER_FILES:
+    for name in PROCESSOR_FILES:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, Path(target) / name)
 
@@ -101,15 +174,19 @@ def smart_resize(
 ) -> tuple[int, int]:
     """Sides in px, multiples of `factor`, area within bounds, aspect kept as well as possible.
 
-    Rounds half to even, as Python's `round` in the reference does.
+    Rounds half to even, as Python's `round` in the reference does. A side that rounds to nothing
+    makes the area nothing, so the image is scaled up, again as in the reference.
 
     Raises:
         ValueError: the aspect ratio is above 200.
     """
-    if max(height, width) / min(height, width) > MAX_ASPECT:
-        raise ValueError(f"image of {width}x{height} px: aspect ratio above {MAX_ASPECT}")
-    new_height = max(factor, round(height / factor) * factor)
-    new_width = max(factor, round(width / factor) * factor)
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise ValueError(
+            f"image of {width}x{height} px: aspect ratio above {MAX_ASPECT}; crop it, or cut it in"
+            " several images"
+        )
+    new_height = round(height / factor) * factor
+    new_width = round(width / factor) * factor
     if new_height * new_width > max_pixels:
         scale = math.sqrt(height * width / max_pixels)
         new_height = max(factor, math.floor(height / scale / factor) * factor)
@@ -184,3 +261,43 @@ def decode_completion(processor: Processor, tokens: np.ndarray) -> str:
     while ids and ids[-1] in processor.stop_token_ids:
         ids.pop()
     return processor.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _use_processor_template(tokenizer: Any, folder: Path) -> None:
+    """chat_template.json, the older form, holds the template with images; the newest form wins."""
+    file = folder / "chat_template.json"
+    if file.is_file() and not (folder / "chat_template.jinja").is_file():
+        try:
+            tokenizer.chat_template = json.loads(file.read_text())["chat_template"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} holds no chat template ({error!r})") from error
+
+
+def _check_image_settings(folder: Path, settings: dict[str, Any], vision: VisionConfig) -> None:
+    """Complain about every way of preparing images that would silently not be followed."""
+    expected = {
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.merge_size,
+        "resample": BICUBIC,
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+    }
+    problems = [
+        f"{name} {settings[name]!r} instead of {value!r}"
+        for name, value in expected.items()
+        if settings.get(name, value) not in (value, None)
+    ]
+    for name, value, size in (
+        ("image_mean", PIXEL_MEAN, 3),
+        ("image_std", PIXEL_STD, 3),
+        ("rescale_factor", (1 / 255,), 1),
+    ):
+        found = np.atleast_1d(np.asarray(settings.get(name) or value, np.float64))
+        if found.shape != (size,) or np.abs(found - np.asarray(value)).max() > 1e-6:
+            problems.append(f"{name} {settings[name]!r} instead of {value}")
+    if problems:
+        raise ValueError(
+            f"{folder}: the model's images are prepared otherwise than here: " + "; ".join(problems)
+        )

@@ -3,7 +3,7 @@
     workdir/config.json     what this folder belongs to; another config is refused
     workdir/data/           shards and manifest
     workdir/0_base/ 1_vm_cpt/ 2_cot_sft/ 3_rl/
-        checkpoints/  metrics.jsonl  model/  evaluation.json
+        checkpoints/  metrics.jsonl  model/  adapter/ (LoRA)  evaluation.json
     workdir/final/          the trained model, Hugging Face layout
     workdir/report.html     everything on one page
 
@@ -36,14 +36,21 @@ from trimpi_jax.grading.answers import RewardWeights
 from trimpi_jax.inputs.batching import choose_bucket, drop_too_long, make_batch
 from trimpi_jax.io.progress import Progress
 from trimpi_jax.io.report import result_table, write_report
-from trimpi_jax.models import vlm
 from trimpi_jax.models.config import VLMConfig
-from trimpi_jax.models.hf_weights import load_hf, save_hf
+from trimpi_jax.models.hf_weights import stored_dtype
 from trimpi_jax.models.lora import add_lora, merge_lora
-from trimpi_jax.models.processor import Processor, copy_processor_files, load_processor
+from trimpi_jax.models.processor import Processor
 from trimpi_jax.objectives.grpo import GRPOSettings
-from trimpi_jax.sharding import make_mesh, param_shardings, place_batch
+from trimpi_jax.sharding import make_mesh, place_batch
 from trimpi_jax.stages import loop
+from trimpi_jax.stages.model_files import (
+    base_of_stage,
+    load_weights,
+    model_folder,
+    open_base,
+    write_adapter,
+    write_model,
+)
 from trimpi_jax.stages.nano_base import run_nano_base
 from trimpi_jax.stages.rl import RLSettings, RLStep
 from trimpi_jax.stages.sft import SPLITS, encode_sft_row
@@ -83,32 +90,33 @@ def run(config: ConfigDict, workdir: Path, progress: Progress | None = None) -> 
     progress = progress or Progress()
     workdir = workdir.expanduser().resolve()
     started = time.time()
-    claim_workdir(config, workdir)
     if config.get("kind") == "nano_base":
+        claim_workdir(config, workdir)
         run_nano_base(config, workdir, progress)
         return
-    prepare_data(config, workdir / "data", progress)
-    model, params = load_hf(model_folder(config))
+    model, processor = open_base(config)  # what is wrong with it is told before anything is written
     model = dataclasses.replace(model, layer_loop=config.layer_loop)
-    processor = load_processor(model_folder(config), model)
+    base = model_folder(config.model_dir)
+    claim_workdir(config, workdir)
+    prepare_data(config, workdir / "data", progress)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     this = Run(config, workdir, progress, processor, model, mesh)
     with jax.set_mesh(mesh):
         this.evaluator = make_evaluator(this)
-        params = place_params(this, params)
+        params = load_weights(base, model, mesh)
         evaluate_stage(this, params, "0_base")
         for number, stage in enumerate(config.stages, start=1):
             folder = workdir / f"{number}_{stage}"
             if (folder / "model" / "config.json").is_file():
                 progress.say(f"{stage}: finished before, skipped")
-                params = place_params(this, load_hf(folder / "model")[1])
+                params = load_weights(folder / "model", model, mesh)
             else:
                 params = run_stage(this, params, stage, folder)
-                export(this, params, folder / "model")
+                write_model(folder / "model", base, model, params, processor)
                 shutil.rmtree(folder / "checkpoints")
             evaluate_stage(this, params, folder.name)
     if not (workdir / "final" / "config.json").is_file():
-        export(this, params, workdir / "final")
+        write_model(workdir / "final", base, model, params, processor, stored_dtype(base))
     progress.table(result_table(workdir))
     write_report(workdir, workdir / "report.html")
     minutes = (time.time() - started) / 60
@@ -187,29 +195,6 @@ def prepare_data(config: ConfigDict, folder: Path, progress: Progress) -> None:
     progress.say(f"data: {counts} examples in {folder}")
 
 
-def model_folder(config: ConfigDict) -> Path:
-    """The base model's folder; a relative path is looked up beside the package, then as given."""
-    folder = Path(config.model_dir)
-    packaged = Path(__file__).parent.parent / folder
-    return packaged if not folder.is_absolute() and packaged.is_dir() else folder
-
-
-def place_params(this: Run, params: Any) -> Any:
-    """Weights laid over the mesh by their logical axes."""
-    shardings = param_shardings(vlm.logical_axes(this.model), this.mesh, params)
-    return jax.device_put(params, shardings)
-
-
-def export(this: Run, params: Any, folder: Path) -> None:
-    """A Hugging Face folder, complete or absent (written aside, then renamed)."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    save_hf(part, this.model, jax.device_get(params))
-    copy_processor_files(model_folder(this.config), part)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
-
-
 def run_stage(this: Run, params: Any, stage: str, folder: Path) -> Any:
     """Train one stage from `params`; returns plain parameters (LoRA merged)."""
     if stage == "rl":
@@ -268,7 +253,11 @@ def run_supervised(this: Run, params: Any, stage: str, folder: Path) -> Any:
     state = loop.run(
         loop_settings(this, stage, folder, steps), state, source, take_step, this.progress
     )
-    return merge_lora(state.params, scale) if trainable == "lora" else state.params
+    if trainable != "lora":
+        return state.params
+    base = base_of_stage(this.workdir, this.config, int(folder.name.split("_")[0]))
+    write_adapter(folder / "adapter", base, model, state.params)
+    return merge_lora(state.params, scale)
 
 
 def run_rl(this: Run, params: Any, folder: Path) -> Any:
