@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     """Parse, call, and turn expected errors into one readable message."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)  # orbax reports every file
+    logging.set_verbosity(logging.ERROR)  # orbax warns of files that it does not need
     from trimpi_jax.stages.export_model import export  # heavy imports only after the flags
 
     try:
