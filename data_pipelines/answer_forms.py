@@ -92,7 +92,7 @@ class Pattern(_Form):
 class FieldMetric(_Form):
     """How one argument of a tool call is compared."""
 
-    metric: Literal["exact", "number", "box"]
+    metric: Literal["exact", "number", "text", "expression", "bbox"]
     tolerance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # of metric "number" only
 
     @model_validator(mode="after")
@@ -110,6 +110,7 @@ class ToolCall(_Form):
 
     form: Literal["tool_call"] = "tool_call"
     tools: Annotated[dict[str, dict[str, FieldMetric]], Field(min_length=1)]
+    text_encoder: str = ""  # of the metric text: a name or a folder; "" = the default one
 
     @field_validator("tools", mode="before")
     @classmethod
@@ -125,6 +126,13 @@ class ToolCall(_Form):
             else fields
             for tool, fields in tools.items()
         }
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> ToolCall:
+        metrics = {field.metric for fields in self.tools.values() for field in fields.values()}
+        if self.text_encoder and "text" not in metrics:
+            raise ValueError("text_encoder has no effect: no argument has the metric text")
+        return self
 
 
 class Python(_Form):

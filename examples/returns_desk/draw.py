@@ -154,7 +154,9 @@ def _light(rng: np.random.Generator) -> str:
 
 def _goods(item: Item, rng: np.random.Generator, flip: int) -> str:
     colour = COLOURS[item.colour]
-    shadow = '<ellipse cx="4" cy="0" rx="62" ry="8" fill="#000" opacity="0.42" filter="url(#soft)"/>'
+    shadow = (
+        '<ellipse cx="4" cy="0" rx="62" ry="8" fill="#000" opacity="0.42" filter="url(#soft)"/>'
+    )
     body = _SHAPES[item.goods](colour)
     x, y = SEAL_PLACES[item.goods]
     seal = f'<g transform="translate({x} {y}) scale({flip} 1)">{_seal(item.seal)}</g>'
@@ -229,8 +231,7 @@ def _headphones(colour) -> str:
 
 def _sneaker(colour) -> str:
     laces = "".join(
-        f'<path d="M{x} {y} l-9 11" stroke="#f4f4f0" stroke-width="3.4"'
-        ' stroke-linecap="round"/>'
+        f'<path d="M{x} {y} l-9 11" stroke="#f4f4f0" stroke-width="3.4" stroke-linecap="round"/>'
         for x, y in ((-10, -64), (3, -56), (16, -49), (29, -42))
     )
     return (
@@ -352,8 +353,7 @@ def _stain(x, y, half_x, half_y, rng: np.random.Generator) -> str:
         for a, b in zip(corner, corner[1:] + corner[:1], strict=True)
     ]
     path = f"M{middle[-1][0]:.1f} {middle[-1][1]:.1f} " + " ".join(
-        f"Q{c[0]:.1f} {c[1]:.1f} {m[0]:.1f} {m[1]:.1f}"
-        for c, m in zip(corner, middle, strict=True)
+        f"Q{c[0]:.1f} {c[1]:.1f} {m[0]:.1f} {m[1]:.1f}" for c, m in zip(corner, middle, strict=True)
     )
     drops = "".join(
         f'<circle cx="{x + radius * rng.uniform(-1.5, 1.5):.1f}"'
@@ -415,10 +415,9 @@ def _box(box: str, rng: np.random.Generator) -> str:
 
 def _gradient(name: str, colour, start: float, end: float, *, vertical: bool = False) -> str:
     direction = 'x1="0" y1="0" x2="0" y2="1"' if vertical else 'x1="0" y1="0" x2="1" y2="0.15"'
-    return (
-        f'<linearGradient id="{name}" {direction}><stop offset="0" stop-color="{_css(colour, start)}"'
-        f'/><stop offset="1" stop-color="{_css(colour, end)}"/></linearGradient>'
-    )
+    stops = f'<stop offset="0" stop-color="{_css(colour, start)}"/>'
+    stops += f'<stop offset="1" stop-color="{_css(colour, end)}"/>'
+    return f'<linearGradient id="{name}" {direction}>{stops}</linearGradient>'
 
 
 def _shade(colour, factor: float) -> tuple[int, int, int]:

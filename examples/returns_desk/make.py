@@ -1,7 +1,7 @@
 """Make the folder of the returns desk: photos, examples with answers, policy and task.
 
-    python -m examples.returns_desk.make --out runs/returns_desk_folder
-    python -m data_pipelines.build own --source runs/returns_desk_folder --out runs/returns_desk_data
+    python -m examples.returns_desk.make --out runs/returns_desk
+    python -m data_pipelines.build own --source runs/returns_desk --out runs/returns_desk_shards
 
 policy.md and task.toml are copied from here; the photos and examples.jsonl are drawn. Needs the
 `examples` extra (resvg). The same seed gives the same folder for a given version of resvg.
@@ -109,7 +109,9 @@ def sample_case(rng: np.random.Generator) -> Case:
     """One case; three in four are in time."""
     membership = str(rng.choice(list(LIMIT_DAYS)))
     limit = LIMIT_DAYS[membership]
-    days = rng.integers(limit + 1, limit + 40) if rng.random() < 0.25 else rng.integers(1, limit + 1)
+    days = (
+        rng.integers(limit + 1, limit + 40) if rng.random() < 0.25 else rng.integers(1, limit + 1)
+    )
     item = Item(
         goods=str(rng.choice(GOODS)),
         colour=str(rng.choice(list(COLOURS))),

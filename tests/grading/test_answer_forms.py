@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from data_pipelines.answer_forms import gold_problem, parse_form, parse_number
 from data_pipelines.example import Example, completion_text
 from data_pipelines.own_policy.user_function import file_sha256
-from trimpi_jax.grading.answer_forms import box_overlap
 from trimpi_jax.grading.grader import grade_completions
 
 
@@ -72,7 +71,7 @@ TOOLS = {
     "form": "tool_call",
     "tools": {
         "refund": {"order": "exact", "amount": {"metric": "number", "tolerance": 0.5}},
-        "mark": {"box": "box", "note": "exact"},
+        "mark": {"box": "bbox", "note": "exact"},
     },
 }
 
@@ -97,14 +96,28 @@ def test_tool_call_by_hand():
     )
     assert scores == pytest.approx([1, 1, 0.75, 0.75, 0.5 + 1 / 3, 0.5, 0, 0])
     details = grade(TOOLS, gold, call("refund", order="A1", amount=11))[0].details
-    assert details == {"tool": 1.0, "arguments": 0.5, "fields": {"amount": 0.0, "order": 1.0}}
+    assert details["fields"] == {"amount": 0.0, "order": 1.0}
+    assert (details["tool"], details["arguments"], details["call"]) == (1.0, 0.5, "ok")
 
 
-def test_box_overlap_by_hand():
-    assert box_overlap("(0, 0, 10, 10)", [5, 0, 15, 10]) == pytest.approx(50 / 150)
-    assert box_overlap([0, 0, 1, 1], "(0,0,1,1)") == 1
-    for bad in ("(0, 0, 10)", "(10, 0, 0, 10)", None, [0, 0, True, 1], "(a, b, c, d)", {}):
-        assert box_overlap(bad, [0, 0, 10, 10]) == 0
+def test_metrics_shared_with_gta():
+    form = {
+        "form": "tool_call",
+        "tools": {"mark": {"box": "bbox", "sum": "expression", "note": "text"}},
+    }
+    gold = call("mark", box="(0, 0, 10, 10)", sum="2 * 3", note="a cracked mug")
+    same, half, text = grade(
+        form,
+        gold,
+        call("mark", box="(0, 0, 10, 10)", sum="6", note="a cracked mug"),
+        call("mark", box="(0, 0, 10, 5)", sum="__import__('os')", note="a cracked mug"),
+        call("mark", box="(0, 0, 10, 10)", sum="6", note="the mug has a crack"),
+    )
+    assert same.accuracy == 1
+    assert half.details["fields"] == {"box": 0.5, "sum": 0.0, "note": 1.0}
+    assert half.accuracy == pytest.approx(0.5 + 0.5 * 1.5 / 3)
+    assert 0.5 < text.details["fields"]["note"] < 1
+    assert "all-MiniLM-L6-v2-int8" in text.details["text_encoder"]
 
 
 def test_python_function(tmp_path):
@@ -124,11 +137,13 @@ def test_python_function(tmp_path):
 
 def test_no_box_is_a_reason_in_every_form(tmp_path):
     python = {"form": "python", "file": str(tmp_path / "never_run.py")}
-    for form in ({"form": "choice", "choices": ["a", "b"]}, {"form": "number"}, TOOLS, python):
-        example = Example("e", (), "q", "a", meta={"answer_form": form})
+    choice = {"form": "choice", "choices": ["a", "b"]}
+    golds = ((choice, "a"), ({"form": "number"}, "1"), (TOOLS, call("refund")), (python, "a"))
+    for form, gold in golds:
+        example = Example("e", (), "q", gold, meta={"answer_form": form})
         (found,) = grade_completions(["I will not say"], [example], [True])
         assert (found.accuracy, found.reason, found.parsed) == (0, "no_think", None)
-        assert found.details == {"problem": "no_box"}
+        assert found.details["problem"] == "no_box"
 
 
 @given(st.text(max_size=60))
@@ -137,7 +152,7 @@ def test_no_text_of_a_model_is_an_exception(answer):
         "choice": ({"form": "choice", "choices": ["a", "b"]}, "a"),
         "number": ({"form": "number", "tolerance": 1.0}, "1"),
         "regex": ({"form": "regex", "pattern": "{answer}!?"}, "a"),
-        "tool_call": (TOOLS, call("mark", box=[0, 0, 1, 1], note="n")),
+        "tool_call": (TOOLS, call("mark", box="(0, 0, 1, 1)", note="n")),
     }
     for form, gold in forms.values():
         (found,) = grade(form, gold, answer)

@@ -3,7 +3,7 @@ r"""What an answer scores in each form that a user's own policy can ask for.
     choice     1 when it is the gold choice
     number     1 when |x - gold| <= max(tolerance, relative_tolerance * |gold|)
     regex      1 when the whole answer matches the pattern
-    tool_call  0.5 * (right tool) + 0.5 * mean over the arguments of the gold and the given call
+    tool_call  0.5 * (right tool) + 0.5 * mean over the arguments, by the metrics of tool_calls.py
     python     what the user's function says, in [0, 1]; 0 when it raises, hangs or says NaN
 
 `details` of the Grade keeps the sub-scores and, in `problem`, why an answer could not be read
@@ -24,17 +24,22 @@ from data_pipelines.answer_forms import (
     Number,
     Pattern,
     Python,
-    ToolCall,
     matches,
     normalize,
     parse_choice,
     parse_form,
-    parse_json,
     parse_number,
 )
 from data_pipelines.example import Example
 from data_pipelines.own_policy.user_function import call_user_function
 from trimpi_jax.grading.answers import Grade, find_boxes, format_reason
+from trimpi_jax.grading.text_similarity import DEFAULT_ENCODER, bert_scores, load_encoder
+from trimpi_jax.grading.tool_calls import (
+    ARGUMENT_WEIGHT,
+    FIELD_SCORERS,
+    TOOL_WEIGHT,
+    parse_call,
+)
 
 Score = tuple[float, dict[str, Any]]  # accuracy in [0, 1], details
 
@@ -67,33 +72,71 @@ def score_pattern(answer: str, gold: str, form: Pattern) -> Score:
     return (0.0, {"problem": "pattern_timeout"}) if found is None else (float(found), {})
 
 
-def score_tool_call(answer: str, gold: str, form: ToolCall) -> Score:
-    """Half for the tool's name, half for the arguments; each argument has the metric of its tool.
+def grade_own_calls(
+    texts: Sequence[str],
+    examples: Sequence[Example],
+    stopped: Sequence[bool],
+    needs_think: bool,
+) -> list[Grade]:
+    """Grades of tool calls: half for the tool's name, half for the mean over the arguments.
 
-    Arguments are those of the gold call and of the given one: a missing and a needless one score 0.
+    Each argument has the metric that the gold call's tool gives it. Arguments are those of the gold
+    call and of the given one: a missing and a needless one score 0.
     """
-    expected = parse_json(gold)
-    try:
-        call = parse_json(answer)
-    except ValueError:
-        return 0.0, {"problem": "no_json"}
-    if not isinstance(call, dict) or set(call) != {"name", "arguments"}:
-        return 0.0, {"problem": "no_call"}
-    if not isinstance(call["arguments"], dict):
-        return 0.0, {"problem": "no_call"}
-    right_tool = float(call["name"] == expected["name"])
-    metrics = form.tools[expected["name"]]
-    given, wanted = call["arguments"], expected["arguments"]
-    scores = {
-        name: score_argument(given[name], wanted[name], metrics[name])
-        if name in given and name in wanted
-        else 0.0
-        for name in sorted(given.keys() | wanted.keys())
-    }
-    # a call without arguments: nothing can be wrong with them once the tool is right
-    arguments = sum(scores.values()) / len(scores) if scores else right_tool
-    details = {"tool": right_tool, "arguments": arguments, "fields": scores}
-    return 0.5 * right_tool + 0.5 * arguments, details
+    answers = [boxed_answer(text) for text in texts]
+    forms = [parse_form(example.meta["answer_form"]) for example in examples]
+    calls = [parse_call(answer) for answer in answers]
+    golds = [parse_call(example.answer)[0] for example in examples]
+    fields: list[dict[str, float]] = []
+    # encoder -> (call, field, (said, gold)): all texts of a batch are compared at once
+    compared: dict[str, list[tuple[int, str, tuple[str, str]]]] = {}
+    for i, ((call, _), gold, form) in enumerate(zip(calls, golds, forms, strict=True)):
+        if gold is None:
+            raise ValueError(f"a gold answer is no tool call: {examples[i].answer[:200]}")
+        metrics = form.tools[gold[0]]
+        given = call[1] if call else {}
+        scores: dict[str, float] = {}
+        for name in dict.fromkeys((*gold[1], *given)):
+            scores[name] = 0.0
+            if name not in given or name not in gold[1]:
+                continue
+            found, wanted = given[name], gold[1][name]
+            if (
+                metrics[name].metric == "text"
+                and isinstance(found, str)
+                and isinstance(wanted, str)
+            ):
+                encoder = form.text_encoder or DEFAULT_ENCODER
+                compared.setdefault(encoder, []).append((i, name, (found, wanted)))
+            else:
+                scores[name] = score_argument(found, wanted, metrics[name])
+        fields.append(scores)
+    encoders = [""] * len(texts)
+    for model, places in compared.items():
+        encoder = load_encoder(model)
+        similarities = bert_scores([pair for _, _, pair in places], encoder)
+        for (i, name, _), similarity in zip(places, similarities, strict=True):
+            fields[i][name], encoders[i] = similarity, encoder.name
+    grades = []
+    for i, (call, reason) in enumerate(calls):
+        gold = golds[i]
+        assert gold is not None
+        tool = float(call is not None and call[0] == gold[0])
+        scores = fields[i]
+        # a call without arguments: nothing can be wrong with them once the tool is right
+        arguments = sum(scores.values()) / len(scores) if scores else tool
+        details = {
+            "tool": tool,
+            "arguments": arguments,
+            "fields": scores,
+            "call": reason,
+            "text_encoder": encoders[i],
+        } | ({"problem": reason} if call is None else {})
+        accuracy = TOOL_WEIGHT * tool + ARGUMENT_WEIGHT * arguments
+        grades.append(
+            _grade(texts[i], bool(stopped[i]), needs_think, answers[i], accuracy, details)
+        )
+    return grades
 
 
 def score_argument(found: Any, gold: Any, metric: FieldMetric) -> float:
@@ -103,11 +146,7 @@ def score_argument(found: Any, gold: Any, metric: FieldMetric) -> float:
         if one is None or other is None:
             return 0.0
         return float(abs(one - other) <= metric.tolerance + 1e-9 * max(abs(one), abs(other), 1.0))
-    if metric.metric == "box":
-        return box_overlap(found, gold)
-    if isinstance(found, str) and isinstance(gold, str):
-        return float(normalize(found) == normalize(gold))
-    return float(type(found) is type(gold) and found == gold)
+    return FIELD_SCORERS[metric.metric](found, gold)
 
 
 def grade_form(
@@ -177,30 +216,6 @@ def boxed_answer(text: str) -> str | None:
     """The last boxed answer, spaces collapsed; None = there is none."""
     boxes = find_boxes(text)
     return normalize(boxes[-1][1]) if boxes else None
-
-
-def box_overlap(found: Any, gold: Any) -> float:
-    """Intersection over union of two boxes (x1, y1, x2, y2); a malformed one scores 0."""
-    one, other = _as_box(found), _as_box(gold)
-    if one is None or other is None:
-        return 0.0
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    shared = max(width, 0.0) * max(height, 0.0)
-    union = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)) - shared
-    return shared / union if union > 0 else 0.0
-
-
-def _as_box(value: Any) -> tuple[float, ...] | None:
-    if isinstance(value, str):
-        value = value.strip().removeprefix("(").removesuffix(")").split(",")
-    if not isinstance(value, list) or len(value) != 4:
-        return None
-    numbers = [_as_number(side) for side in value]
-    if any(side is None for side in numbers):
-        return None
-    box = tuple(side for side in numbers if side is not None)
-    return box if box[0] < box[2] and box[1] < box[3] else None
 
 
 def _as_number(value: Any) -> float | None:

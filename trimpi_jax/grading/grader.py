@@ -19,11 +19,11 @@ from collections.abc import Callable, Mapping, Sequence
 from data_pipelines.example import Example
 from trimpi_jax.grading.answer_forms import (
     grade_form,
+    grade_own_calls,
     grade_python,
     score_choice,
     score_number,
     score_pattern,
-    score_tool_call,
 )
 from trimpi_jax.grading.answers import Grade, grade_completion
 from trimpi_jax.grading.tool_calls import grade_tool_calls
@@ -86,7 +86,7 @@ FORMS: Mapping[str, FormGrader] = {
     "choice": functools.partial(grade_form, score_choice),
     "number": functools.partial(grade_form, score_number),
     "regex": functools.partial(grade_form, score_pattern),
-    "tool_call": functools.partial(grade_form, score_tool_call),
+    "tool_call": grade_own_calls,
     "python": grade_python,
     "gta_call": grade_tool_calls,
 }
