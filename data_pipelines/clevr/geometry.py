@@ -37,17 +37,19 @@ def camera_axes(camera_position: np.ndarray) -> np.ndarray:
 
 
 def project(points: np.ndarray, camera_position: np.ndarray, width: int, height: int) -> np.ndarray:
-    """World points [N, 3] -> float64 [N, 3]: column, row (px) and depth (metres).
+    """World points [..., 3] -> float64 [..., 3]: column, row (px) and depth (metres).
+
+    `camera_position` is [3] or broadcasts against the points, with axes of its own for each scene.
 
     `v = axes (p - C); px = W/2 + f v_x / -v_z; py = H/2 - f v_y / -v_z; depth = -v_z`, with
     `f = 35/32 W`. Points behind the camera have a depth below 0 and no meaningful pixel.
     """
     focal_px = FOCAL_PER_WIDTH * width
     axes = camera_axes(camera_position)
-    view = np.einsum("nc,ac->na", np.asarray(points, np.float64) - camera_position, axes)
-    depth = -view[:, 2]
-    column = width / 2 + focal_px * view[:, 0] / depth
-    row = height / 2 - focal_px * view[:, 1] / depth
+    view = np.einsum("...c,...ac->...a", np.asarray(points, np.float64) - camera_position, axes)
+    depth = -view[..., 2]
+    column = width / 2 + focal_px * view[..., 0] / depth
+    row = height / 2 - focal_px * view[..., 1] / depth
     return np.stack([column, row, depth], axis=-1)
 
 

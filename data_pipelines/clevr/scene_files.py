@@ -7,19 +7,18 @@
 Camera jitter is not recorded in these files; it is fitted to the recorded pixel coordinates.
 
 Source: facebookresearch/clevr-dataset-gen f0ce2c8, `image_generation/render_images.py`.
-Next: data_pipelines/clevr/tfds_scenes.py
+Next: data_pipelines/clevr/recorded.py
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from data_pipelines.clevr import geometry
+from data_pipelines.clevr.camera_fit import fit_cameras
 from data_pipelines.clevr.scene import (
     ATTRIBUTES,
     DIRECTIONS,
@@ -55,40 +54,75 @@ def load_clevr_scenes(scenes_json: Path, images_dir: Path | None) -> list[Scene]
     ]
     if problems:
         raise ValueError(f"{len(problems)} problems in a scenes file:\n" + "\n".join(problems))
-    return [_parse_scene(record, images_dir) for record in records]
+    return make_recorded_scenes(
+        [parse_objects(record) for record in records],
+        [Path(record["image_filename"]).stem for record in records],
+        [
+            None if images_dir is None else str(Path(images_dir) / record["image_filename"])
+            for record in records
+        ],
+    )
 
 
-@functools.lru_cache(maxsize=1)  # read once, sliced many times
+def make_recorded_scenes(
+    objects: Sequence[tuple[SceneObject, ...]], names: Sequence[str], paths: Sequence[str | None]
+) -> list[Scene]:
+    """Scenes of recorded objects, with cameras fitted and lights unjittered."""
+    cameras = fit_cameras(objects)
+    return [
+        Scene(name, things, jitter, NO_LIGHT_JITTER, path, width, height)
+        for things, name, path, (jitter, width, height) in zip(
+            objects, names, paths, cameras, strict=True
+        )
+    ]
+
+
 def clevr_folder_scenes(folder: str | Path) -> tuple[Scene, ...]:
     """All scenes of a CLEVR folder (every `scenes/*.json`) that have an image.
 
     Images are found by name anywhere under `images/`: CLEVR_v1.0 has a folder per split there.
 
     Raises:
-        ValueError: no scene file, or no scene with an image.
+        ValueError: no scene file, no scene with an image, or names that stand for two images or
+            two scenes.
     """
     files = sorted(Path(folder).glob("**/scenes/*.json"))
     if not files:
         raise ValueError(f"{folder} has no scenes/*.json; expected CLEVR_v1.0's layout")
-    scenes = []
+    scenes: dict[str, Scene] = {}
+    problems: list[str] = []
     for file in files:
         folder_of_images = file.parent.parent / "images"
-        images = {path.name: str(path) for path in sorted(folder_of_images.rglob("*.*"))}
+        images: dict[str, list[Path]] = {}
+        for path in sorted(folder_of_images.rglob("*.*")):
+            images.setdefault(path.name, []).append(path)
         for scene in load_clevr_scenes(file, folder_of_images):
-            found = images.get(Path(scene.image_path or "").name)
-            if found:
-                scenes.append(dataclasses.replace(scene, image_path=found))
+            found = images.get(Path(scene.image_path or "").name, [])
+            if len(found) > 1:
+                problems.append(f"{file}: {scene.scene_id} has {len(found)} images of its name")
+            elif found and scene.scene_id in scenes:
+                problems.append(f"{file}: {scene.scene_id} is in another scene file, too")
+            elif found:
+                scenes[scene.scene_id] = dataclasses.replace(scene, image_path=str(found[0]))
+    if problems:
+        raise ValueError(f"{len(problems)} ambiguous scenes:\n" + "\n".join(problems[:20]))
     if not scenes:
         raise ValueError(f"{folder} has scene files but none of their images")
-    return tuple(scenes)
+    return tuple(scenes.values())
 
 
 def _problems(record: dict) -> list[str]:
     """Everything that keeps one recorded scene from being read."""
     if not isinstance(record, dict) or not isinstance(record.get("objects"), list):
         return ["expected an object with a list 'objects'"]
-    found = [] if record.get("image_filename") else ["no 'image_filename'"]
+    name = record.get("image_filename")
+    found = [] if name else ["no 'image_filename'"]
+    if name and (not isinstance(name, str) or Path(name).name != name):
+        found.append(f"image_filename {name!r} is no plain file name: it could leave the folder")
     for n, entry in enumerate(record["objects"]):
+        if not isinstance(entry, dict):
+            found.append(f"object {n}: expected a JSON object, got {entry!r}")
+            continue
         for name, values in ATTRIBUTES.items():
             if entry.get(name) not in values:
                 found.append(f"object {n}: {name} {entry.get(name)!r} is not one of {values}")
@@ -102,13 +136,13 @@ def _is_triple(value) -> bool:
     return (
         isinstance(value, list)
         and len(value) == 3
-        and all(isinstance(v, int | float) for v in value)
+        and all(isinstance(v, int | float) and math.isfinite(v) for v in value)
     )
 
 
-def _parse_scene(record: dict, images_dir: Path | None) -> Scene:
-    """One checked record as a Scene."""
-    objects = tuple(
+def parse_objects(record: dict) -> tuple[SceneObject, ...]:
+    """The objects of one checked record."""
+    return tuple(
         SceneObject(
             *(entry[name] for name in ATTRIBUTES),
             position=_triple(entry["3d_coords"]),
@@ -117,36 +151,6 @@ def _parse_scene(record: dict, images_dir: Path | None) -> Scene:
         )
         for entry in record["objects"]
     )
-    fits = [(*_fit_camera(objects, w, h), w, h) for w, h in ((320, 240), (480, 320))]
-    _, jitter, width, height = min(fits, key=lambda fit: fit[0])
-    name = record["image_filename"]
-    path = None if images_dir is None else str(Path(images_dir) / name)
-    return Scene(Path(name).stem, objects, jitter, NO_LIGHT_JITTER, path, width, height)
-
-
-def _fit_camera(objects, width, height) -> tuple[float, tuple[float, float, float]]:
-    """Least squares camera jitter: (sum of squared residuals, jitter). Gauss-Newton, 10 steps.
-
-    Columns and rows weigh 1 per px, depths 30 per metre: recorded pixels are rounded, depths exact.
-    A weak pull to zero settles scenes with too few objects.
-    """
-    if not objects:
-        return 0.0, (0.0, 0.0, 0.0)
-    points = np.array([o.position for o in objects])
-    recorded = np.array([o.pixel_coords for o in objects])
-    weights = np.array([1.0, 1.0, 30.0])
-
-    def residuals(jitter):
-        found = geometry.project(points, np.add(geometry.CAMERA_POSITION, jitter), width, height)
-        gap = (found - recorded) * weights
-        return np.concatenate([gap.ravel(), 0.05 * jitter])
-
-    jitter = np.zeros(3)
-    for _ in range(10):
-        base = residuals(jitter)
-        slope = np.stack([(residuals(jitter + d) - base) / 1e-4 for d in 1e-4 * np.eye(3)], axis=1)
-        jitter = jitter - np.linalg.lstsq(slope, base, rcond=None)[0]
-    return float(np.square(residuals(jitter)).sum()), _triple(jitter)
 
 
 def _triple(values) -> tuple[float, float, float]:

@@ -17,16 +17,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from data_pipelines.clevr.recorded import read_picture, recorded_scenes
 from data_pipelines.clevr.renderer import render_scenes
 from data_pipelines.clevr.sampling import sample_scenes
 from data_pipelines.clevr.scene import Scene
-from data_pipelines.clevr.scene_files import clevr_folder_scenes
 from data_pipelines.clevr_policy.tree import (
     PolicyTree,
     follow,
@@ -58,7 +57,7 @@ class ClevrPolicySettings:
     max_objects: int = 10
     supersample: int = 2
     seed: int = 0
-    clevr_dir: str = ""  # a CLEVR folder (images/, scenes/) instead of the renderer
+    clevr_dir: str = ""  # recorded pictures instead of the renderer: a CLEVR folder, or tfds:DIR
 
     def __post_init__(self):
         problems = []
@@ -177,7 +176,7 @@ def _scenes(settings: ClevrPolicySettings, purpose: str, start: int, count: int)
 def _folder_slice(
     settings: ClevrPolicySettings, purpose: str, start: int, count: int
 ) -> list[Scene]:
-    scenes = clevr_folder_scenes(settings.clevr_dir)
+    scenes = recorded_scenes(settings.clevr_dir)
     scenes = [scenes[i] for i in np.random.default_rng(settings.seed).permutation(len(scenes))]
     if purpose == "balance":
         return scenes[:count]
@@ -207,8 +206,7 @@ def _images(settings: ClevrPolicySettings, scenes: Sequence[Scene]) -> list[byte
         return [encode_png(image) for image in pixels]
     encoded = []
     for scene in scenes:
-        assert scene.image_path is not None
-        pixels = decode_image(Path(scene.image_path).read_bytes(), scene.image_path)
+        pixels = decode_image(read_picture(scene), scene.image_path or scene.scene_id)
         size = (settings.width, settings.height)
         resized = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
         encoded.append(encode_png(np.asarray(resized)))

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from data_pipelines.clevr.sampling import sample_scenes
-from data_pipelines.clevr.scene_files import load_clevr_scenes, save_clevr_scenes
+from data_pipelines.clevr.scene_files import (
+    clevr_folder_scenes,
+    load_clevr_scenes,
+    save_clevr_scenes,
+)
 from data_pipelines.clevr_policy.dataset import (
     ClevrPolicySettings,
-    clevr_folder_scenes,
     make_policies,
     make_splits,
     recipe,
