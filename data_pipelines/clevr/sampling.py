@@ -56,12 +56,13 @@ def sample_scenes(
     min_visible_fraction: float = MIN_VISIBLE_FRACTION,
     max_camera_jitter: float = 0.5,
     max_light_jitter: float = 1.0,
+    margin: float = MARGIN,
     id_prefix: str = "scene",
 ) -> list[Scene]:
     """Scenes `start` ... `start + count - 1` of the endless list that `seed` stands for.
 
     Object counts are uniform in [min_objects, max_objects]; attributes are uniform; positions
-    obey MIN_DIST and MARGIN; every object shows at least `min_visible_fraction` of the image's
+    obey MIN_DIST and `margin`; every object shows at least `min_visible_fraction` of the image's
     pixels. Scene i depends on (seed, start + i) and the keyword values only, never on `count`.
 
     Raises ValueError when the object range is not 1 <= min <= max.
@@ -78,6 +79,7 @@ def sample_scenes(
         counts=(min_objects, max_objects),
         image=(width, height),
         jitters=(max_camera_jitter, max_light_jitter),
+        margin=margin,
     )
     scenes: dict[int, Scene] = {}
     pending = list(range(count))
@@ -96,14 +98,14 @@ def sample_scenes(
     return [scenes[i] for i in range(count)]
 
 
-def _draw_scene(rng, scene_id, *, counts, image, jitters) -> Scene:
+def _draw_scene(rng, scene_id, *, counts, image, jitters, margin) -> Scene:
     """One scene that obeys the spacing rules; its visibility is not yet known."""
     number = int(rng.integers(counts[0], counts[1] + 1))
     camera_jitter = tuple(rng.uniform(-jitters[0], jitters[0], 3).tolist())
     light_jitter = tuple(map(tuple, rng.uniform(-jitters[1], jitters[1], (3, 3)).tolist()))
     placed = None
     while placed is None:
-        placed = _place(rng, number)
+        placed = _place(rng, number, margin)
     objects = []
     for size, x, y in placed:
         shape, color, material = (
@@ -121,32 +123,32 @@ def _draw_scene(rng, scene_id, *, counts, image, jitters) -> Scene:
     return Scene(scene_id, objects, camera_jitter, light_jitter, None, *image)
 
 
-def _place(rng, number) -> list[tuple[str, float, float]] | None:
+def _place(rng, number, margin) -> list[tuple[str, float, float]] | None:
     """(size, x, y) of `number` objects, or None when an object found no place in MAX_RETRIES."""
     placed: list[tuple[str, float, float]] = []
     for _ in range(number):
         size = SIZES[rng.integers(len(SIZES))]
         tries = rng.uniform(-POSITION_RANGE, POSITION_RANGE, (MAX_RETRIES, 2)).tolist()
-        spot = next((xy for xy in tries if _has_room(placed, size, *xy)), None)
+        spot = next((xy for xy in tries if _has_room(placed, size, margin, *xy)), None)
         if spot is None:
             return None
         placed.append((size, *spot))
     return placed
 
 
-def _has_room(placed, size, x, y) -> bool:
-    """MIN_DIST to every placed object, and none within (0, MARGIN) along a direction.
+def _has_room(placed, size, margin, x, y) -> bool:
+    """MIN_DIST to every placed object, and none within (0, margin) along a direction.
 
-    Left is minus right and front minus behind, so the four tests are |projection| >= MARGIN.
+    Left is minus right and front minus behind, so the four tests are |projection| >= margin.
     """
     (right_x, right_y, _), (behind_x, behind_y, _) = DIRECTIONS["right"], DIRECTIONS["behind"]
     for other_size, other_x, other_y in placed:
         dx, dy = x - other_x, y - other_y
         if math.hypot(dx, dy) - RADIUS[size] - RADIUS[other_size] < MIN_DIST:
             return False
-        if abs(dx * right_x + dy * right_y) < MARGIN:
+        if abs(dx * right_x + dy * right_y) < margin:
             return False
-        if abs(dx * behind_x + dy * behind_y) < MARGIN:
+        if abs(dx * behind_x + dy * behind_y) < margin:
             return False
     return True
 

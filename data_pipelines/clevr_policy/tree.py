@@ -127,6 +127,26 @@ def case_shares(tree: PolicyTree, scenes: Sequence[Scene]) -> dict[int, float]:
     return {case: count / max(len(scenes), 1) for case, count in counts.items()}
 
 
+def reachable_cases(tree: PolicyTree) -> list[int]:
+    """The cases that some scene ends in, in ascending order.
+
+    A path that answers "no" to every value of an attribute ends in a case that no scene can reach:
+    where nothing is small, something is large. Every other case is reached by a scene of one object
+    that fits the answers, and by as many copies of it as one likes.
+    """
+
+    def reach(node: Condition | Case, refused: dict[str, tuple[str, ...]]) -> Iterator[int]:
+        if isinstance(node, Case):
+            yield node.number
+            return
+        yield from reach(node.if_true, refused)
+        no_more = (*refused.get(node.attribute, ()), node.value)
+        if len(no_more) < len(ATTRIBUTES[node.attribute]):
+            yield from reach(node.if_false, refused | {node.attribute: no_more})
+
+    return sorted(reach(tree.root, {}))
+
+
 def sample_balanced_tree(
     rng: np.random.Generator,
     name: str,
@@ -135,14 +155,20 @@ def sample_balanced_tree(
     *,
     candidates: int = 64,
 ) -> PolicyTree:
-    """The candidate whose most frequent case is rarest on `scenes`.
+    """The candidate with the most cases in use on `scenes`; then the rarest most frequent case.
 
     A purely random tree often sends most scenes to one leaf (with few objects, "any cyan thing?"
-    is mostly no), and a model that always answers that leaf would look good. Ties go to the
-    earlier candidate.
+    is mostly no), and a model that always answers that leaf would look good. A case is in use when
+    it takes at least a quarter of an even share. Ties go to the earlier candidate.
     """
     trees = [sample_tree(rng, name, depth) for _ in range(candidates)]
-    return min(trees, key=lambda tree: max(case_shares(tree, scenes).values()))
+    return min(trees, key=lambda tree: _imbalance(tree, scenes))
+
+
+def _imbalance(tree: PolicyTree, scenes: Sequence[Scene]) -> tuple[int, float]:
+    shares = case_shares(tree, scenes).values()
+    in_use = sum(share >= 0.25 / tree.num_cases for share in shares)
+    return -in_use, max(shares)
 
 
 _SYLLABLES_FIRST = tuple("ba be bo da du fe fi ga go ha ka ke lo lu ma mi mo na ne".split())

@@ -10,6 +10,12 @@ r"""From a tree and a scene to words: policy text, query, chain of thought, answ
              Condition 1.1: any shape cube? red small metal cube. True: respond with Case 3
     answer   Case 3
 
+In the -M variant the values of some conditions ("shown") are pictures inside the policy, not words;
+the chain of thought names the value that it sees there:
+
+    policy   # Condition 1: any color <image>?
+    cot      Condition 1: any color red (pictured)? red small metal cube. True: go to Condition 1.1
+
 A line of the chain of thought repeats the policy's words as they stand, with what is seen between
 the question and its consequence: to follow a policy is then to copy the right lines of it, which is
 what attention learns first.
@@ -26,7 +32,7 @@ Next: data_pipelines/clevr_policy/dataset.py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from data_pipelines.clevr.scene import ATTRIBUTES, SceneObject
 from data_pipelines.clevr_policy.tree import (
@@ -36,23 +42,35 @@ from data_pipelines.clevr_policy.tree import (
     follow,
     iter_conditions,
 )
+from data_pipelines.example import IMAGE_MARK
 
 FORMAT_INSTRUCTION = (
     "Think inside <think></think> and put the final answer inside \\boxed{}."  # paper section 2
 )
 
 
-def policy_text(tree: PolicyTree) -> str:
-    """The policy document of a tree: instruction, name, one section per decision node."""
+SHOWN_INSTRUCTION = (
+    " A value given as a picture is that of the object in it; all pictures have the same scale."
+)
+
+
+def policy_text(tree: PolicyTree, shown: Collection[str] = ()) -> str:
+    """The policy document of a tree: instruction, name, one section per decision node.
+
+    `shown` holds the sections whose value is a picture: IMAGE_MARK stands in its place, and the
+    pictures come in the order of the sections.
+    """
     sections = [
-        f"# {_question(node)}\n- True: {_go_to(node.if_true)}\n- False: {_go_to(node.if_false)}"
+        f"# Condition {node.section}: any {node.attribute}"
+        f" {IMAGE_MARK if node.section in shown else node.value}?\n"
+        f"- True: {_go_to(node.if_true)}\n- False: {_go_to(node.if_false)}"
         for node in iter_conditions(tree.root)
     ]
     instruction = (
         f"The policy of {tree.name}. Start at Condition 1 with every object in focus."
         " After True only the matching objects stay in focus; after False the focus stays."
     )
-    return "\n".join([instruction, *sections])
+    return "\n".join([instruction + (SHOWN_INSTRUCTION if shown else ""), *sections])
 
 
 def query(policy_name: str) -> str:
@@ -84,15 +102,19 @@ def in_naming_order(objects: Sequence[SceneObject]) -> list[SceneObject]:
     )
 
 
-def chain_of_thought(tree: PolicyTree, objects: Sequence[SceneObject]) -> str:
-    """What goes between `<think>` and `</think>` for these objects."""
+def chain_of_thought(
+    tree: PolicyTree, objects: Sequence[SceneObject], shown: Collection[str] = ()
+) -> str:
+    """What goes between `<think>` and `</think>` for these objects; `shown` as in `policy_text`."""
     visits, _ = follow(tree, objects)
     lines = [f"I see: {describe_objects(objects)}."]
     for visit in visits:
         node = visit.condition
         child = node.if_true if visit.answer else node.if_false
         seen = describe_objects(visit.focus) if visit.answer else "none"
-        lines.append(f"{_question(node)} {seen}. {visit.answer}: {_go_to(child)}")
+        value = f"{node.value} (pictured)" if node.section in shown else node.value
+        question = f"Condition {node.section}: any {node.attribute} {value}?"
+        lines.append(f"{question} {seen}. {visit.answer}: {_go_to(child)}")
     return "\n".join(lines)
 
 
@@ -105,7 +127,3 @@ def _go_to(node: Condition | Case) -> str:
     if isinstance(node, Case):
         return f"respond with {answer(node.number)}"
     return f"go to Condition {node.section}"
-
-
-def _question(node: Condition) -> str:
-    return f"Condition {node.section}: any {node.attribute} {node.value}?"

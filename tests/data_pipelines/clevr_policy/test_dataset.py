@@ -169,7 +169,7 @@ def clevr_folder(tmp_path):
 
 
 FROM_FOLDER = dataclasses.replace(
-    SETTINGS, policies=2, train_per_policy=4, cot_per_policy=2, test=4
+    SETTINGS, policies=2, train_per_policy=4, cot_per_policy=2, test=4, supersample=2
 )
 
 
@@ -184,7 +184,7 @@ def test_a_clevr_folder_is_a_source_without_overlap(clevr_folder):
 
 def test_a_clevr_folder_that_is_too_small_is_an_error(clevr_folder):
     settings = dataclasses.replace(FROM_FOLDER, test=5, clevr_dir=str(clevr_folder))
-    with pytest.raises(ValueError, match=r"has 12 images .* need 8 for training \+ 5 for test"):
+    with pytest.raises(ValueError, match=r"has 12 images .* too few"):
         build(settings)
 
 
@@ -207,6 +207,8 @@ def test_real_clevr_images_are_read():
         train_per_policy=4,
         cot_per_policy=2,
         test=2,
+        min_objects=2,
+        supersample=2,
         clevr_dir=str(REAL_SAMPLE),
     )
     splits = build(settings)
