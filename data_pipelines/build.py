@@ -4,7 +4,8 @@
     python -m data_pipelines.build own --source FOLDER --out DIR
     python -m data_pipelines.build own --help
 
-The command's options are the fields of the dataset's settings, with dashes for underscores.
+The command's options are the fields of the dataset's settings, with dashes for underscores, and
+their help is the `Attributes:` section of its docstring.
 A dataset is a frozen dataclass of settings, a function that makes its splits lazily, and the recipe
 that the manifest keeps: equal recipes give equal shards.
 
@@ -17,21 +18,30 @@ import argparse
 import dataclasses
 import os
 import sys
-import typing
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from data_pipelines.building import write_dataset
 from data_pipelines.clevr_policy import dataset as clevr_policy
 from data_pipelines.example import Example
+from data_pipelines.options import add_options, closest, summary, unknown_options
 from data_pipelines.own_policy import dataset as own_policy
 from data_pipelines.parts import OnProgress, Part, build_parts
 
+WRONG, INTERRUPTED = 2, 130  # exit statuses; 130 = 128 + SIGINT, as shells have it
 WORKERS_FROM = 2000  # examples; a worker needs about 5 s to import JAX and compile the renderer
 
 
@@ -44,6 +54,7 @@ class Dataset:
     recipe: Callable[[Any], dict[str, Any]]
     make_parts: Callable[[Any], Sequence[Part]] | None = None  # parallel and resumable, if given
     licence: Callable[[Any], str] = lambda settings: ""  # a sentence for the dataset card
+    describe: Callable[[Any], Sequence[str]] = lambda settings: ()  # facts that the command prints
 
 
 DATASETS: dict[str, Dataset] = {
@@ -53,6 +64,7 @@ DATASETS: dict[str, Dataset] = {
         clevr_policy.recipe,
         clevr_policy.make_parts,
         clevr_policy.licence,
+        clevr_policy.describe,
     ),
     "own": Dataset(own_policy.OwnPolicySettings, own_policy.make_splits, own_policy.recipe),
 }
@@ -65,10 +77,13 @@ def make_settings(name: str, options: Mapping[str, Any]) -> Any:
         ValueError: no such dataset, an unknown option, or a value it refuses.
     """
     if name not in DATASETS:
-        raise ValueError(f"unknown dataset '{name}'; there are {sorted(DATASETS)}")
+        raise ValueError(
+            f"unknown dataset '{name}'{closest(name, DATASETS)}; there are {sorted(DATASETS)}"
+        )
     known = {field.name for field in dataclasses.fields(DATASETS[name].settings)}
     if unknown := sorted(set(options) - known):
-        raise ValueError(f"dataset {name} has no options {unknown}; it has {sorted(known)}")
+        told = "; ".join(f"no option '{option}'{closest(option, known)}" for option in unknown)
+        raise ValueError(f"dataset {name}: {told}; it has {sorted(known)}")
     return DATASETS[name].settings(**options)
 
 
@@ -108,55 +123,59 @@ def build(
     )
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command's parser: one subcommand a dataset, one option a field of its settings."""
+def make_parser(name: str) -> argparse.ArgumentParser:
+    """The parser of one dataset: one option a field of its settings."""
+    settings = DATASETS[name].settings
     parser = argparse.ArgumentParser(
-        prog="python -m data_pipelines.build",
-        description="Build a dataset into a folder of shards.",
+        prog=f"python -m data_pipelines.build {name}",
+        usage="%(prog)s --out DIR [options]",
+        description=summary(settings),
+        allow_abbrev=False,
     )
-    datasets = parser.add_subparsers(dest="dataset", required=True, metavar="DATASET")
-    for name, dataset in DATASETS.items():
-        command = datasets.add_parser(
-            name, help=f"see --help of {name}", description=dataset.settings.__doc__
-        )
-        command.add_argument("--out", type=Path, required=True, help="folder to write")
-        command.add_argument(
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write; must be new")
+    if DATASETS[name].make_parts is not None:
+        parser.add_argument(
             "--processes",
             type=int,
             default=None,
-            help="worker processes, 0 = none (where the dataset can be made in parts)",
+            metavar="N",
+            help="worker processes; 0 = in this process, on its accelerator if it has one"
+            " [default: as many as there are cores, 0 for a small dataset]",
         )
-        types = typing.get_type_hints(dataset.settings)
-        for field in dataclasses.fields(dataset.settings):
-            _add_option(command, field, types[field.name])
+    add_options(parser, settings)
     return parser
 
 
-def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any) -> None:
-    flag = "--" + field.name.replace("_", "-")
-    shared: dict[str, Any] = {"default": field.default, "help": f"default {field.default!r}"}
-    if field.default is dataclasses.MISSING:
-        shared = {"required": True, "help": "required"}
-    if kind is bool:
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **shared)
-    elif typing.get_origin(kind) is tuple:
-        inner = typing.get_args(kind)[0]
-        parser.add_argument(
-            flag, type=lambda text: tuple(inner(part) for part in text.split(",") if part), **shared
-        )
-    else:
-        parser.add_argument(flag, type=kind if kind in (int, float) else str, **shared)
+def parse_arguments(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """(dataset, options) of a command line; exits with 0 after --help, with 2 when it is wrong."""
+    listed = "\n".join(f"  {name:14s} {summary(d.settings)}" for name, d in DATASETS.items())
+    usage = (
+        "usage: python -m data_pipelines.build DATASET --out DIR [options]\n\n"
+        f"datasets:\n{listed}\n\n"
+        "python -m data_pipelines.build DATASET --help lists the options of a dataset."
+    )
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage, file=sys.stdout if arguments else sys.stderr)
+        sys.exit(0 if arguments else WRONG)
+    name, *rest = arguments
+    if name not in DATASETS:
+        _fail(f"unknown dataset '{name}'{closest(name, DATASETS)}\n\n{usage}")
+    parser = make_parser(name)
+    if unknown := unknown_options(rest, parser._option_string_actions):
+        _fail("\n".join(unknown) + f"\n{parser.prog} --help lists all options")
+    return name, vars(parser.parse_args(rest))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Build, show a bar, and say what was written; expected errors are one readable message."""
-    options = vars(make_parser().parse_args(arguments))
-    name, folder = options.pop("dataset"), options.pop("out")
-    processes = options.pop("processes")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    name, options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    folder, processes = options.pop("out"), options.pop("processes", None)
+    started = time.monotonic()
     try:
         settings = make_settings(name, options)
-        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        if processes is not None and processes < 0:
+            raise ValueError(f"--processes must be 0 or more, got {processes}")
+        with _make_bar() as bar:
             task = bar.add_task(name, total=None)
             manifest = build(
                 name,
@@ -165,12 +184,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 lambda done, total: bar.update(task, completed=done, total=total),
                 processes=processes,
             )
+        facts = DATASETS[name].describe(settings)
     except KeyboardInterrupt:
-        sys.exit("interrupted; nothing that looks whole was left, start the same command again")
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    counts = ", ".join(f"{split} {facts['count']}" for split, facts in manifest["splits"].items())
-    print(f"{folder}: {counts} examples; {folder / 'README.md'} says what is in it")
+        _fail(
+            f"interrupted; nothing that looks whole was left. The same command goes on with the"
+            f" finished pieces in {folder.parent / f'.{folder.name}.building'}"
+            if DATASETS[name].make_parts is not None
+            else "interrupted; nothing was left, start the same command again",
+            status=INTERRUPTED,
+        )
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if type(error).__name__ in ("XlaRuntimeError", "JaxRuntimeError"):
+            raise  # not the user's doing: the traceback is what helps
+        _fail(str(error))
+    seconds = time.monotonic() - started
+    for split, about in manifest["splits"].items():
+        size = sum(shard["size_bytes"] for shard in about["shards"])
+        print(f"{split:14s} {about['count']:7d} examples  {size / 2**20:9.1f} MiB")
+    for fact in facts:
+        print(fact)
+    print(f"{folder}: built in {seconds:.0f} s; {folder / 'README.md'} says what is in it")
+
+
+def _make_bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(
+        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+    )
+
+
+def _fail(message: str, status: int = WRONG) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -348,21 +348,21 @@ def make_supply(settings: ClevrPolicySettings) -> Supply:
 def describe(settings: ClevrPolicySettings) -> list[str]:
     """Facts of the policies for whoever builds them: distinct responses, and which occur."""
     lines = []
-    for split in split_sizes(settings):
+    for split, size in split_sizes(settings).items():
         if split in ("train", "cot"):
             continue
-        documents = documents_of(settings, split)
-        cases = sorted({document.tree.num_cases for document in documents})
-        reachable = sum(len(reachable_cases(document.tree)) for document in documents)
-        met = 0
-        for i, document in enumerate(documents):
-            scenes = _held_out_scenes(settings, split, i)
-            met += len({follow(document.tree, scene.objects)[1] for scene in scenes})
-        lines.append(
-            f"{split}: depth {documents[0].tree.depth}, {'/'.join(map(str, cases))} distinct"
-            f" responses a policy; over {len(documents)} policies scenes can reach {reachable},"
-            f" the split has {met} of them"
-        )
+        trees = [document.tree for document in documents_of(settings, split)]
+        cases = "/".join(str(n) for n in sorted({tree.num_cases for tree in trees}))
+        line = f"{split}: {len(trees)} policies of depth {trees[0].depth}, {cases} distinct"
+        line += " responses each"
+        if split in TOPPED_UP:
+            reachable = sum(len(reachable_cases(tree)) for tree in trees)
+            met = 0
+            for i, tree in enumerate(trees):
+                scenes = _held_out_scenes(settings, split, i)
+                met += len({follow(tree, scene.objects)[1] for scene in scenes})
+            line += f"; of the {reachable} that scenes can reach, {met} occur in {size} examples"
+        lines.append(line)
     return lines
 
 

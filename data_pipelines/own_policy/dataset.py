@@ -30,7 +30,12 @@ from data_pipelines.own_policy.task import Line, Task
 
 @dataclasses.dataclass(frozen=True)
 class OwnPolicySettings:
-    """Where the folder is; everything else stands in its task.toml."""
+    """A user's own policy.
+
+    Attributes:
+        source: the folder with policy.md, examples.jsonl and task.toml; the task's choices stand
+            in there.
+    """
 
     source: str = ""
 
