@@ -27,7 +27,7 @@ from typing import Any
 
 import msgpack
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 IMAGE_MARK = "<image>"
 MAX_IMAGE_PIXELS = 40_000_000  # larger files are refused before decoding (decompression bombs)
@@ -130,6 +130,13 @@ def decode_image(encoded: bytes, where: str = "image") -> np.ndarray:
         raise ValueError(
             f"{where}: {len(encoded)} bytes that are no readable image ({error})"
         ) from error
+
+
+def image_size(encoded: bytes) -> tuple[int, int]:
+    """(height, width) in px that `decode_image` would give, read from the file's head alone."""
+    with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def _has_type(name: str, value: Any) -> bool:

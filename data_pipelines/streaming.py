@@ -11,7 +11,7 @@ Next: trimpi_jax/inputs/encode.py
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grain
@@ -64,6 +64,14 @@ def read_split(folder: str | Path, split: str, limit: int | None = None) -> Sequ
     source = grain.sources.ArrayRecordDataSource(files)
     count = len(source) if limit is None else min(limit, len(source))
     return [decode_record(source[i]) for i in range(count)]
+
+
+def iter_split(folder: str | Path, split: str) -> Iterator[Example]:
+    """The Examples of a split in file order, one in memory at a time."""
+    if files := split_files(folder, split):
+        source = grain.sources.ArrayRecordDataSource(files)
+        for i in range(len(source)):
+            yield decode_record(source[i])
 
 
 def encode_state(iterator: grain.DatasetIterator) -> dict:

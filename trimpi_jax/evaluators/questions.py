@@ -37,7 +37,7 @@ class EvaluationSettings:
     rows: int
     max_new_tokens: int
     prompt_buckets: tuple[int, ...]
-    windows: int
+    windows: tuple[int, ...]  # buckets, as of the prompt tokens
     dtype: str = "float32"
     needs_think: bool = True
 
@@ -78,7 +78,7 @@ class Evaluator:
         records: dict[int, dict[str, Any]] = {}
         by_bucket: dict[int, list[int]] = collections.defaultdict(list)
         for i, row in enumerate(rows):
-            if len(row.tokens) > largest or len(row.images.patches) > self.settings.windows:
+            if len(row.tokens) > largest or len(row.images.patches) > max(self.settings.windows):
                 records[i] = _record(examples[i], len(row.tokens), "", "prompt_too_long", 0.0)
             else:
                 by_bucket[choose_bucket(len(row.tokens), self.settings.prompt_buckets)].append(i)
@@ -90,11 +90,12 @@ class Evaluator:
         return [records[i] for i in range(len(examples))]
 
     def _ask_chunk(self, params, examples, rows, chunk, bucket) -> dict[int, dict[str, Any]]:
+        windows = max(len(rows[i].images.patches) for i in chunk)
         batch = make_batch(
             [rows[i] for i in chunk],
             num_rows=self.settings.rows,
             num_tokens=bucket,
-            num_windows=self.settings.windows,
+            num_windows=choose_bucket(windows, self.settings.windows),
         )
         ids = prompt_ids([examples[i].example_id for i in chunk], self.settings.rows)
         rollouts = jax.device_get(
@@ -111,13 +112,20 @@ class Evaluator:
             needs_think=self.settings.needs_think,
         )
         return {
-            i: _record(examples[i], len(rows[i].tokens), text, grade.reason, grade.accuracy)
+            i: _record(
+                examples[i], len(rows[i].tokens), text, grade.reason, grade.accuracy, grade.details
+            )
             for i, text, grade in zip(chunk, texts, grades, strict=True)
         }
 
 
 def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Counts, rates and the Wilson 95 % interval of the accuracy."""
+    """Counts, rates and the Wilson 95 % interval of the accuracy.
+
+    `score` is the mean accuracy: more than the share of right answers where a grader gives parts of
+    a point (tool calls, functions). `details` are the means of the graders' numbers, `problems`
+    counts why answers could not be graded.
+    """
     correct = sum(record["accuracy"] == 1.0 for record in records)
     well_formed = sum(record["format"] == "ok" for record in records)
     low, high = wilson_interval(correct, len(records))
@@ -127,12 +135,28 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "accuracy": correct / max(len(records), 1),
         "accuracy_low": low,
         "accuracy_high": high,
+        "score": sum(record["accuracy"] for record in records) / max(len(records), 1),
+        "details": _mean_details(records),
+        "problems": dict(
+            collections.Counter(
+                record["details"]["problem"] for record in records if "problem" in record["details"]
+            )
+        ),
         "format_rate": well_formed / max(len(records), 1),
         "prompt_tokens": sum(r["prompt_tokens"] for r in records) / max(len(records), 1),
         "format_failures": dict(
             collections.Counter(r["format"] for r in records if r["format"] != "ok")
         ),
     }
+
+
+def _mean_details(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    numbers: dict[str, list[float]] = collections.defaultdict(list)
+    for record in records:
+        for name, value in record["details"].items():
+            if isinstance(value, int | float):
+                numbers[name].append(float(value))
+    return {name: sum(values) / len(values) for name, values in sorted(numbers.items())}
 
 
 def wilson_interval(correct: int, count: int) -> tuple[float, float]:
@@ -143,7 +167,14 @@ def wilson_interval(correct: int, count: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def _record(example: Example, prompt_tokens: int, text: str, reason: str, accuracy: float) -> dict:
+def _record(
+    example: Example,
+    prompt_tokens: int,
+    text: str,
+    reason: str,
+    accuracy: float,
+    details: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     return {
         "example_id": example.example_id,
         "policy_name": example.policy_name,
@@ -152,4 +183,5 @@ def _record(example: Example, prompt_tokens: int, text: str, reason: str, accura
         "accuracy": accuracy,
         "format": reason,
         "prompt_tokens": prompt_tokens,
+        "details": details or {},
     }

@@ -9,6 +9,7 @@ Next: trimpi_jax/objectives/cross_entropy.py
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -50,6 +51,65 @@ def choose_bucket(size: int, buckets: Sequence[int]) -> int:
     raise ValueError(
         f"{size} is more than the largest bucket of {sorted(buckets)}; add a larger bucket"
     )
+
+
+def as_buckets(sizes: int | Sequence[int]) -> tuple[int, ...]:
+    """A config's number or numbers as ascending buckets."""
+    return (sizes,) if isinstance(sizes, int) else tuple(sorted(sizes))
+
+
+def plan_buckets(
+    sizes: Sequence[int], *, max_buckets: int = 4, worth: float = 0.05, rounded: bool = True
+) -> tuple[int, ...]:
+    """The few buckets that waste the least: chosen from the sizes of a dataset.
+
+    Of all ways to choose k buckets that hold every size, the one with the fewest padded slots, by
+    dynamic programming over the distinct sizes; the smallest k after which one more bucket (one
+    more compiled program) would save less than `worth` of the real slots.
+
+        sizes 10 10 10 100     k = 1: (100,) pads 270     k = 2: (16, 104) pads 22
+
+    Args:
+        sizes: tokens or windows of every row, at least one.
+        max_buckets: compiled programs that are allowed.
+        worth: saved slots for each real one that justify one more.
+        rounded: whether buckets are sizes of `round_up`; otherwise they are sizes that occur.
+
+    Returns:
+        ascending buckets.
+    """
+    possible = [round_up(int(size)) if rounded else int(size) for size in sizes]
+    values, counts = np.unique(possible, return_counts=True)
+    real = max(int(np.sum(sizes)), 1)
+    n = len(values)
+    filled = np.concatenate([[0], np.cumsum(counts)])  # rows of the first i values
+    # slots[j, i]: values j..i-1 all padded to value i-1
+    least = np.full((max_buckets + 1, n + 1), np.inf)
+    least[0, 0] = 0
+    previous = np.zeros((max_buckets + 1, n + 1), int)
+    plans: list[tuple[float, tuple[int, ...]]] = []
+    for k in range(1, min(max_buckets, n) + 1):
+        for i in range(1, n + 1):
+            slots = least[k - 1, :i] + (filled[i] - filled[:i]) * values[i - 1]
+            previous[k, i] = int(np.argmin(slots))
+            least[k, i] = slots[previous[k, i]]
+        chosen, i = [], n
+        for level in range(k, 0, -1):
+            chosen.append(int(values[i - 1]))
+            i = int(previous[level, i])
+        plans.append((float(least[k, n]), tuple(reversed(chosen))))
+    for (slots, buckets), (fewer, _) in itertools.pairwise(plans):
+        if slots - fewer < worth * real:
+            return buckets
+    return plans[-1][1]
+
+
+def round_up(size: int) -> int:
+    """The next size that a program is worth compiling for: multiples of 8, above 512 of 64."""
+    if size <= 8:
+        return max(size, 1)
+    step = 8 if size <= 512 else 64
+    return -(-size // step) * step
 
 
 def make_batch(

@@ -21,6 +21,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # no display is needed to write a file
 from matplotlib.figure import Figure
+from PIL import Image
 from rich.table import Table
 
 from data_pipelines.streaming import read_split
@@ -161,8 +162,8 @@ def make_questions(workdir: Path, results: Sequence[dict[str, Any]]) -> list[dic
         example = examples[i]
         questions.append(
             {
-                "image": _data_address(example.images[0], "image/png"),
-                "alt": f"Scene of test question {example.example_id}",
+                "image": _data_address(example.images[0], _image_kind(example.images[0])),
+                "alt": f"Picture of test question {example.example_id}",
                 "query": example.query,
                 "answer": example.answer,
                 "gold": example.meta.get("gold_cot", ""),
@@ -187,10 +188,13 @@ def make_questions(workdir: Path, results: Sequence[dict[str, Any]]) -> list[dic
 
 def _accuracy(summary: dict[str, Any]) -> str:
     low, high = 100 * summary["accuracy_low"], 100 * summary["accuracy_high"]
-    return (
+    text = (
         f"{100 * summary['accuracy']:.1f} ({summary['correct']}/{summary['count']})"
         f" [{low:.1f}, {high:.1f}]"
     )
+    if abs(summary["score"] - summary["accuracy"]) > 1e-9:  # a grader that gives parts of a point
+        text += f", mean score {100 * summary['score']:.1f}"
+    return text
 
 
 def _plot(
@@ -224,6 +228,12 @@ def _smooth(values: Sequence[float]) -> list[float]:
         mean += (value - mean) / memory
         smoothed.append(mean)
     return smoothed
+
+
+def _image_kind(encoded: bytes) -> str:
+    """The MIME type of an encoded picture."""
+    with Image.open(io.BytesIO(encoded)) as image:
+        return Image.MIME.get(image.format or "", "image/png")
 
 
 def _data_address(content: bytes, kind: str) -> str:

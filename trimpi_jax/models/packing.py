@@ -91,6 +91,13 @@ def pack_images(images: Sequence[np.ndarray], config: VisionConfig) -> PackedIma
     )
 
 
+def count_windows(height_px: int, width_px: int, config: VisionConfig) -> int:
+    """Windows of one image whose sides are multiples of `patch_size * merge_size` pixels."""
+    cell = config.patch_size * config.merge_size
+    side = config.window_cells
+    return -(-(height_px // cell) // side) * -(-(width_px // cell) // side)
+
+
 def mrope_positions(
     tokens: np.ndarray,
     grids: Sequence[tuple[int, int, int]],

@@ -33,7 +33,7 @@ from data_pipelines.streaming import encode_state, make_stream, read_split, rest
 from trimpi_jax.evaluators.efficiency import make_prefill, measure_prefill_ms
 from trimpi_jax.evaluators.questions import EvaluationSettings, Evaluator, summarize
 from trimpi_jax.grading.answers import RewardWeights
-from trimpi_jax.inputs.batching import choose_bucket, drop_too_long, make_batch
+from trimpi_jax.inputs.batching import as_buckets, choose_bucket, drop_too_long, make_batch
 from trimpi_jax.io.progress import Progress
 from trimpi_jax.io.report import result_table, write_report
 from trimpi_jax.models.config import VLMConfig
@@ -43,6 +43,7 @@ from trimpi_jax.models.processor import Processor
 from trimpi_jax.objectives.grpo import GRPOSettings
 from trimpi_jax.sharding import make_mesh, place_batch
 from trimpi_jax.stages import loop
+from trimpi_jax.stages.auto_sizes import describe_sizes, fill_auto_sizes
 from trimpi_jax.stages.model_files import (
     base_of_stage,
     load_weights,
@@ -99,6 +100,10 @@ def run(config: ConfigDict, workdir: Path, progress: Progress | None = None) -> 
     base = model_folder(config.model_dir)
     claim_workdir(config, workdir)
     prepare_data(config, workdir / "data", progress)
+    filled = fill_auto_sizes(config, workdir / "data", processor)
+    if filled is not config:
+        config = filled
+        progress.say(f"sizes from the data: {describe_sizes(config)}")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     this = Run(config, workdir, progress, processor, model, mesh)
     with jax.set_mesh(mesh):
@@ -224,6 +229,7 @@ def run_supervised(this: Run, params: Any, stage: str, folder: Path) -> Any:
         StepSettings(trainable, this.config.dtype, settings.micro_batches, this.config.remat),
     )
     buckets = tuple(this.config.row_buckets)
+    window_buckets = as_buckets(this.config.windows)
 
     def encode(example):
         if stage == "vm_cpt":
@@ -232,7 +238,7 @@ def run_supervised(this: Run, params: Any, stage: str, folder: Path) -> Any:
 
     def take_step(state: TrainState, number: int, examples):
         fitted = drop_too_long(
-            [encode(example) for example in examples], max(buckets), this.config.windows
+            [encode(example) for example in examples], max(buckets), max(window_buckets)
         )
         if not fitted.rows:
             raise ValueError(
@@ -240,11 +246,12 @@ def run_supervised(this: Run, params: Any, stage: str, folder: Path) -> Any:
                 f" {fitted.longest}); add a larger bucket to --config.row_buckets"
             )
         longest = max(len(row.tokens) for row in fitted.rows)
+        windows = max(len(row.images.patches) for row in fitted.rows)
         batch = make_batch(
             fitted.rows,
             num_rows=settings.batch,
             num_tokens=choose_bucket(longest, buckets),
-            num_windows=this.config.windows,
+            num_windows=choose_bucket(windows, window_buckets),
         )
         state, metrics = step(state, place_batch(batch, this.mesh))
         return state, metrics | {"inputs/dropped_too_long": fitted.too_long}
@@ -282,7 +289,7 @@ def run_rl(this: Run, params: Any, folder: Path) -> Any:
             top_p=settings.top_p,
             prompt_buckets=tuple(this.config.prompt_buckets),
             row_buckets=tuple(this.config.row_buckets),
-            windows=this.config.windows,
+            windows=max(as_buckets(this.config.windows)),
             seed=this.config.seed,
         ),
         GRPOSettings(settings.clip_low, settings.clip_high, settings.kl_beta),
@@ -349,7 +356,7 @@ def make_evaluator(this: Run) -> Evaluator:
             rows=this.config.eval.rows,
             max_new_tokens=this.config.max_new_tokens,
             prompt_buckets=tuple(this.config.prompt_buckets),
-            windows=this.config.windows,
+            windows=as_buckets(this.config.windows),
             dtype=this.config.dtype,
             needs_think="direct_sft" not in this.config.stages,
         ),
