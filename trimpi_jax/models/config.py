@@ -142,7 +142,7 @@ class VLMConfig:
           ValueError: another architecture, a text-only model, or options this port does not have.
         """
         _check_architecture(config)
-        nested = dict(config.get("text_config") or {})
+        nested = {k: v for k, v in (config.get("text_config") or {}).items() if v is not None}
         text = {**config, **nested}
         rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
         rope_theta = rope.get("rope_theta", text.get("rope_theta", 1e6))
@@ -309,6 +309,7 @@ def _vision_from_hf(vision: Mapping[str, Any], text_width: int) -> VisionConfig:
         "in_chans": "channels",
         "in_channels": "channels",
     }
+    vision = {name: value for name, value in vision.items() if value is not None}  # null = absent
     fields = {ours: vision[theirs] for theirs, ours in names.items() if theirs in vision}
     depth = fields.get("depth", VisionConfig.depth)
     blocks = vision.get("fullatt_block_indexes", VisionConfig.full_attention_blocks)

@@ -80,6 +80,7 @@ def check_weights(directory: str | Path, config: VLMConfig) -> dict[str, Located
     """
     found = find_tensors(Path(directory))
     _compare(tensor_specs(config), found, config)
+    _check_stored_head(found, config)
     return found
 
 
@@ -120,7 +121,8 @@ def load_params(
     for path, specs in by_path.items():
         sharding = _leaf(shardings, path)
         if specs[0].layer is None:
-            value = _convert(specs[0], sharding, dtype)(_read(found, specs[0], sharding))
+            convert = _converter(_kind(specs[0]), sharding, np.dtype(dtype))
+            value = convert(_read(found, specs[0], sharding))
         else:
             value = _stack(found, specs, _leaf(shapes, path).shape, sharding, dtype)
         _set_leaf(params, path, value.block_until_ready())
@@ -254,24 +256,33 @@ def _read(found: Mapping[str, Located], spec: TensorSpec, sharding: NamedShardin
 
 def _stack(found, specs, shape, sharding, dtype) -> jax.Array:
     """All layers of one kind, put one by one into a donated array."""
-    spec = specs[0]
     one = NamedSharding(sharding.mesh, PartitionSpec(*_padded(sharding, len(shape))[1:]))
-
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=sharding)
-    def put(stacked, tensor, layer):
-        value = disk_to_ours(tensor, spec).astype(dtype)
-        return jax.lax.dynamic_update_index_in_dim(stacked, value, layer, 0)
-
-    stacked = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
-    for each in specs:
-        tensor = _read(found, each, one)
+    put = _putter(_kind(specs[0]), sharding, np.dtype(dtype))
+    stacked = jnp.zeros(shape, dtype, device=sharding)
+    for spec in specs:
+        tensor = _read(found, spec, one)
         # waiting bounds the memory: at most one tensor is on its way
-        stacked = put(stacked, tensor, jnp.int32(each.layer)).block_until_ready()
+        stacked = put(stacked, tensor, jnp.int32(spec.layer)).block_until_ready()
     return stacked
 
 
-def _convert(spec: TensorSpec, sharding: NamedSharding, dtype: Any) -> Any:
-    return jax.jit(lambda tensor: disk_to_ours(tensor, spec).astype(dtype), out_shardings=sharding)
+@functools.cache  # a compiled function each, used again by the next checkpoint of this shape
+def _putter(kind: TensorSpec, sharding: NamedSharding, dtype: np.dtype) -> Any:
+    def put(stacked, tensor, layer):
+        value = disk_to_ours(tensor, kind).astype(dtype)
+        return jax.lax.dynamic_update_index_in_dim(stacked, value, layer, 0)
+
+    return jax.jit(put, donate_argnums=0, out_shardings=sharding)
+
+
+@functools.cache
+def _converter(kind: TensorSpec, sharding: NamedSharding, dtype: np.dtype) -> Any:
+    return jax.jit(lambda tensor: disk_to_ours(tensor, kind).astype(dtype), out_shardings=sharding)
+
+
+def _kind(spec: TensorSpec) -> TensorSpec:
+    """What tensors of one shape have in common."""
+    return spec._replace(name="", path=(), layer=None)
 
 
 def _on_disk(sharding: NamedSharding, spec: TensorSpec) -> NamedSharding:
@@ -290,7 +301,7 @@ def _to_disk(params: Params, spec: TensorSpec, dtype: str) -> np.ndarray:
         value = np.asarray(leaf if spec.layer is None else leaf[spec.layer])
         return np.ascontiguousarray(ours_to_disk(value, spec).astype(STORED_DTYPES[dtype]))
     layer = None if spec.layer is None else jnp.int32(spec.layer)
-    return np.asarray(_gather(leaf, layer, spec._replace(name="", path=(), layer=None), dtype))
+    return np.asarray(_gather(leaf, layer, _kind(spec), dtype))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -314,7 +325,9 @@ def _compare(specs: list[TensorSpec], found: Mapping[str, Located], config: VLMC
     for name, there in found.items():
         if name not in wanted:
             if name == "lm_head.weight" and config.text.tied:
-                continue  # some exports store the tied head again; the embedding is the truth
+                head = (config.text.vocab_size, config.text.width)
+                if there.shape == head and there.format in DTYPE_OF_FORMAT:
+                    continue  # some exports store the tied head again; see _check_stored_head
             problems.append(f"unknown: {there.stored} {list(there.shape)} in {there.file.name}")
         elif there.shape != wanted[name].shape:
             problems.append(
@@ -336,6 +349,25 @@ def _compare(specs: list[TensorSpec], found: Mapping[str, Located], config: VLMC
         f"{folder}: {len(missing) + sum(not line.startswith('missing') for line in problems)} "
         f"tensors do not fit config.json.{hint}\n  " + "\n  ".join(problems)
     )
+
+
+def _check_stored_head(found: Mapping[str, Located], config: VLMConfig) -> None:
+    """A tied head that is stored again must be the embedding; a few rows tell."""
+    head, table = found.get("lm_head.weight"), found["model.embed_tokens.weight"]
+    if not config.text.tied or head is None:
+        return
+    spec = next(s for s in tensor_specs(config) if s.name == "model.embed_tokens.weight")
+    last = config.text.vocab_size - 1
+    for row in {round(last * i / 15) for i in range(16)}:
+        index = (slice(row, row + 1), slice(config.text.width))
+        one, other = (read_block(where, spec, index) for where in (head, table))
+        if not np.array_equal(one.astype(np.float32), other.astype(np.float32)):
+            raise ValueError(
+                f"config.json says that the head is tied to the embedding, but row {row} of "
+                f"{head.stored} in {head.file} is not that of {table.stored}. Set "
+                '"tie_word_embeddings": false at the top level and in text_config if the head is '
+                "one of its own."
+            )
 
 
 def _check_tree(config: VLMConfig, params: Params) -> None:

@@ -120,7 +120,7 @@ def load_processor(
         tokenizer=tokenizer,
         vision=config.vision,
         image_token_id=config.image_token_id,
-        stop_token_ids=tuple(config.eos_token_ids),
+        stop_token_ids=_stop_token_ids(folder, config),
         vocab_size=config.text.vocab_size,
         min_pixels=smallest,
         max_pixels=largest,
@@ -261,6 +261,18 @@ def decode_completion(processor: Processor, tokens: np.ndarray) -> str:
     while ids and ids[-1] in processor.stop_token_ids:
         ids.pop()
     return processor.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _stop_token_ids(folder: Path, config: VLMConfig) -> tuple[int, ...]:
+    """Those of config.json, then those that generation_config.json adds (<|endoftext|>)."""
+    file, more = folder / "generation_config.json", []
+    if file.is_file():
+        try:
+            more = json.loads(file.read_text()).get("eos_token_id") or []
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{file} is no JSON object: {error}") from error
+    more = more if isinstance(more, list) else [more]
+    return tuple(dict.fromkeys((*config.eos_token_ids, *more)))
 
 
 def _use_processor_template(tokenizer: Any, folder: Path) -> None:

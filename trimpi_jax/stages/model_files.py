@@ -25,6 +25,7 @@ from trimpi_jax.models.hf_folder import complete_folder
 from trimpi_jax.models.hf_weights import check_weights, load_params, read_config, save_hf
 from trimpi_jax.models.peft_adapter import save_adapter
 from trimpi_jax.models.processor import Processor, load_processor
+from trimpi_jax.models.releases import check_size
 from trimpi_jax.sharding import param_shardings
 
 
@@ -43,13 +44,15 @@ def open_base(config: ConfigDict) -> tuple[VLMConfig, Processor]:
     """
     if not config.model_dir:
         raise ValueError(
-            "which model? --config.model_dir=/path/to/Qwen2.5-VL-3B-Instruct, a folder with"
+            "which model? Give --config.model_dir=/path/to/Qwen2.5-VL-3B-Instruct: a folder with"
             " config.json, *.safetensors and the tokenizer"
         )
     folder = model_folder(config.model_dir)
     if not folder.is_dir():
         raise FileNotFoundError(f"--config.model_dir: {folder} is not a folder")
     model = read_config(folder)
+    if config.get("size"):
+        check_size(config.size, model)
     check_weights(folder, model)
     processor = load_processor(
         folder,
