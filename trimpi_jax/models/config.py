@@ -141,8 +141,8 @@ class VLMConfig:
         Raises:
           ValueError: another architecture, a text-only model, or options this port does not have.
         """
-        _check_architecture(config)
         nested = {k: v for k, v in (config.get("text_config") or {}).items() if v is not None}
+        _check_architecture(config, nested)
         text = {**config, **nested}
         rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
         rope_theta = rope.get("rope_theta", text.get("rope_theta", 1e6))
@@ -256,7 +256,7 @@ class VLMConfig:
         }
 
 
-def _check_architecture(config: Mapping[str, Any]) -> None:
+def _check_architecture(config: Mapping[str, Any], nested: Mapping[str, Any]) -> None:
     found = config.get("model_type")
     if found != MODEL_TYPE:
         raise ValueError(
@@ -269,7 +269,7 @@ def _check_architecture(config: Mapping[str, Any]) -> None:
             "config.json has no vision_config: this is a text-only model. Use a Qwen2.5-VL "
             "checkpoint with its vision tower."
         )
-    text = {**config, **(config.get("text_config") or {})}
+    text = {**config, **nested}
     needed = (
         "vocab_size",
         "hidden_size",

@@ -46,7 +46,7 @@ def parse_size(name: str) -> str:
       ValueError: another name (with the closest match).
     """
     if name not in RELEASES:
-        close = difflib.get_close_matches(name, RELEASES, n=1)
+        close = difflib.get_close_matches(name.lower(), RELEASES, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ValueError(f"unknown size '{name}'{hint} Sizes: {list(RELEASES)}")
     return name
