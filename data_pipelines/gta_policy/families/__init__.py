@@ -1,0 +1,1 @@
+"""The families of synthetic tasks, by what their images show."""
