@@ -37,6 +37,7 @@ from rich.progress import (
 from data_pipelines.building import write_dataset
 from data_pipelines.clevr_policy import dataset as clevr_policy
 from data_pipelines.example import Example
+from data_pipelines.gta_policy import dataset as gta_policy
 from data_pipelines.options import add_options, closest, summary, unknown_options
 from data_pipelines.own_policy import dataset as own_policy
 from data_pipelines.parts import OnProgress, Part, build_parts
@@ -65,6 +66,12 @@ DATASETS: dict[str, Dataset] = {
         clevr_policy.make_parts,
         clevr_policy.licence,
         clevr_policy.describe,
+    ),
+    "gta_policy": Dataset(
+        gta_policy.GTAPolicySettings,
+        gta_policy.make_splits,
+        gta_policy.recipe,
+        licence=gta_policy.licence,
     ),
     "own": Dataset(own_policy.OwnPolicySettings, own_policy.make_splits, own_policy.recipe),
 }

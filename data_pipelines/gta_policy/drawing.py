@@ -77,33 +77,52 @@ def write(
 
 
 def rectangle(
-    canvas: Canvas, box: Sequence[float], fill=None, *, outline=None, width=1, radius=0.0
-):
+    canvas: Canvas,
+    box: Sequence[float],
+    fill: str | None = None,
+    *,
+    outline: str | None = None,
+    width: float = 1.0,
+    radius: float = 0.0,
+) -> None:
     """A rectangle with round corners."""
     scaled = [value * SCALE for value in box]
     style = {"fill": fill, "outline": outline, "width": round(width * SCALE)}
     canvas.draw.rounded_rectangle(scaled, radius * SCALE, **style)
 
 
-def ellipse(canvas: Canvas, box: Sequence[float], fill=None, *, outline=None, width=1):
+def ellipse(
+    canvas: Canvas,
+    box: Sequence[float],
+    fill: str | None = None,
+    *,
+    outline: str | None = None,
+    width: float = 1.0,
+) -> None:
     """An ellipse in a box."""
     scaled = [value * SCALE for value in box]
     canvas.draw.ellipse(scaled, fill=fill, outline=outline, width=round(width * SCALE))
 
 
-def polygon(canvas: Canvas, points: Sequence[tuple[float, float]], fill, *, outline=None):
+def polygon(canvas: Canvas, points: Sequence[tuple[float, float]], fill: str) -> None:
     """A filled polygon."""
     scaled = [(x * SCALE, y * SCALE) for x, y in points]
-    canvas.draw.polygon(scaled, fill=fill, outline=outline)
+    canvas.draw.polygon(scaled, fill=fill)
 
 
-def line(canvas: Canvas, points: Sequence[tuple[float, float]], color="black", *, width=1.0):
+def line(
+    canvas: Canvas,
+    points: Sequence[tuple[float, float]],
+    color: str = "black",
+    *,
+    width: float = 1.0,
+) -> None:
     """A line through points."""
     scaled = [(x * SCALE, y * SCALE) for x, y in points]
     canvas.draw.line(scaled, fill=color, width=round(width * SCALE), joint="curve")
 
 
-def gradient(canvas: Canvas, top: str, bottom: str, y1: float, y2: float):
+def gradient(canvas: Canvas, top: str, bottom: str, y1: float, y2: float) -> None:
     """A vertical gradient over the whole width, between two heights."""
     rows = round((y2 - y1) * SCALE)
     ends = [np.array(_rgb(color), np.float64) for color in (top, bottom)]

@@ -47,7 +47,7 @@ Family = Callable[[np.random.Generator, Name], Draft]
 
 def pick(rng: np.random.Generator, values: Sequence[Any]) -> Any:
     """One of the values."""
-    return values[rng.integers(len(values))]
+    return values[int(rng.integers(len(values)))]
 
 
 def pick_some(rng: np.random.Generator, values: Sequence[Any], count: int) -> list[Any]:
