@@ -33,10 +33,11 @@ from data_pipelines.gta_policy.catalogue import (
 )
 from data_pipelines.gta_policy.official import load_tasks
 from data_pipelines.gta_policy.synthetic import make_tasks
-from data_pipelines.gta_policy.tasks import Task, make_examples, sample_profile, split_tasks
+from data_pipelines.gta_policy.tasks import Task, assign_profiles, make_examples, split_tasks
 
 TRAIN_STEPS, TEST_STEPS = 451, 106  # paper section 3
 SOURCES = ("synthetic", "official")
+PROFILES = 1  # what a random number is for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +117,11 @@ def make_splits(
             settings.text_encoder, settings.text_layer or None, settings.text_baseline
         )
         document = policy_text(book)
-        for task in tasks:
-            rng = np.random.default_rng([settings.seed, *task.task_id.encode()])
+        profiles = assign_profiles(tasks, np.random.default_rng([settings.seed, PROFILES]))
+        for task, profile in zip(tasks, profiles, strict=True):
             yield from make_examples(
                 task,
-                sample_profile(rng),
+                profile,
                 book,
                 policy=document,
                 answer_form=form,

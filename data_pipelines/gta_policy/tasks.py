@@ -12,6 +12,7 @@ Next: data_pipelines/gta_policy/synthetic.py
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -40,6 +41,7 @@ BOUNDARY_AGES = (20, 21, 59, 60)
 BOUNDARY_CREDITS = (249, 250, 251, 499, 500, 501, 749, 750, 751)
 AGE_GROUPS = ((13, 21), (21, 60), (60, 86))  # ours: drawn equally often, so every rule is met
 MAX_CREDITS = 1000  # ours
+PROFILE_DRAWS = 8  # ours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,26 @@ def sample_profile(rng: np.random.Generator) -> Profile:
     if rng.random() < BOUNDARY_SHARE:
         credits = int(rng.choice(BOUNDARY_CREDITS))
     return Profile(age, credits, ACCOUNT_TYPES[rng.integers(len(ACCOUNT_TYPES))])
+
+
+def assign_profiles(tasks: Sequence[Task], rng: np.random.Generator) -> list[Profile]:
+    """A user for each task, drawn so that the version rules are met about equally often.
+
+    Of PROFILE_DRAWS users the one is taken whose rules, over the task's calls, were met least.
+    """
+    met = collections.Counter[int]()
+    profiles = []
+    for task in tasks:
+
+        def rules(profile: Profile, task: Task = task) -> list[int]:
+            found = [PAPER_RULES.rule_of(step.tool, profile) for step in task.steps]
+            return [rule.number for rule in found if rule]
+
+        drawn = [sample_profile(rng) for _ in range(PROFILE_DRAWS)]
+        profile = min(drawn, key=lambda one: sum(met[number] for number in rules(one)))
+        met.update(rules(profile))
+        profiles.append(profile)
+    return profiles
 
 
 def split_tasks(
