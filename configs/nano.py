@@ -32,6 +32,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.log_every = 10
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
 
+    config.data_dir = ""  # a dataset built with just these settings, e.g. by make_cot; "" = build
     config.data = ConfigDict(
         {
             "dataset": "clevr_policy",

@@ -178,21 +178,31 @@ def list_differences(saved: Any, current: Any, path: str = "config") -> list[str
 
 
 def prepare_data(config: ConfigDict, folder: Path, progress: Progress) -> None:
-    """Build the dataset, or check and reuse it.
+    """Build the dataset, or check and reuse it; its chains of thought may be those of make_cot.
 
     Raises:
         ValueError: broken shards, or shards of another recipe.
     """
+    if config.get("data_dir") and not folder.exists():
+        given = Path(config.data_dir).expanduser().resolve()
+        check_dataset(given)
+        folder.symlink_to(given)
     options = config.data.to_dict()
     dataset = options.pop("dataset")
     settings = make_settings(dataset, options)
     wanted = json.loads(json.dumps(DATASETS[dataset].recipe(settings)))
     if folder.exists() and any(folder.iterdir()):
         found = check_dataset(folder)["recipe"]
+        thoughts = found.pop("cot", None)
         if found != wanted:
             lines = list_differences(found, wanted, "recipe")
             raise ValueError(f"{folder} was built otherwise:\n  " + "\n  ".join(lines))
         progress.say(f"data: {folder} is whole, reused")
+        if thoughts:
+            progress.say(
+                f"data: chains of thought by {thoughts['model']}, {thoughts['mode']},"
+                f" {thoughts['accepted']}/{thoughts['asked']} accepted"
+            )
         return
     with progress.task("data", None) as bar:
         manifest = build(dataset, settings, folder, lambda done, total: bar(done, {}, total=total))
