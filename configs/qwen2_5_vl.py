@@ -45,6 +45,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.dtype = "bfloat16"  # of activations; weights and moments are float32
     config.layer_loop = "scan"  # one compiled layer
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})  # paper: 8 GPUs, ZeRO-like
+    config.data_dir = ""  # a dataset built with just these settings, e.g. by make_cot; "" = build
     config.save_every = 20
     config.log_every = 1
     config.min_pixels = 0  # 0 = as the model's preprocessor_config.json says
