@@ -22,7 +22,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.seed = 0
     config.model_dir = "assets/nano"  # beside the package, or any Hugging Face folder
     config.dtype = "float32"
-    config.remat = False
+    config.remat = "none"  # or "full", "attention", "dots": less memory, more time
+    config.attention = "auto"  # the kernel of the platform; or "xla", "cudnn", "splash"
     config.layer_loop = "unrolled"  # faster than "scan" for a tiny model
     config.windows = 6  # vision windows a row: 168x112 px in windows of 56x56
     config.prompt_buckets = (84, 224)  # tokens: policy-free, policy-aware
@@ -78,6 +79,7 @@ def make_optimizer_section(learning_rate: float, warmup_steps: int) -> ConfigDic
     section.schedule = "constant"
     section.weight_decay = 0.0
     section.clip_norm = 1.0
+    section.moment_dtype = "float32"  # or "bfloat16": half the optimizer's memory
     section.micro_batches = 1
     return section
 

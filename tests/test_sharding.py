@@ -1,19 +1,32 @@
 """Eight devices give the numbers of one; meshes and layouts that cannot work say why."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec
 
 from tests.parity.rows import LAYOUTS, make_batch, make_row, random_params, tiny_config
+from trimpi_jax.io.checkpoints import open_checkpoints, restore_latest, save_checkpoint
 from trimpi_jax.models import lora, vlm
-from trimpi_jax.sharding import batch_sharding, constrain, make_mesh, param_shardings
+from trimpi_jax.sharding import (
+    batch_sharding,
+    constrain,
+    make_mesh,
+    param_shardings,
+    place_batch,
+    state_shardings,
+)
+from trimpi_jax.stages.supervised import StepSettings, make_supervised_step
+from trimpi_jax.stages.train_state import OptimizerSettings, init_train_state, make_optimizer
 
 
 def loss(params, config, batch):
     visual = vlm.encode_images(
-        params, config, batch.patches, batch.patch_hw, batch.patch_segment, remat=True
+        params, config, batch.patches, batch.patch_hw, batch.patch_segment, remat="full"
     )
     hidden = vlm.hidden_states(
         params,
@@ -23,7 +36,7 @@ def loss(params, config, batch):
         batch.lengths,
         visual,
         batch.visual_index,
-        remat=True,
+        remat="full",
     )
     logprobs, _ = vlm.token_logprobs(params, config, hidden[:, :-1], batch.tokens[:, 1:], 128)
     counts = jnp.arange(1, batch.tokens.shape[1])[None] < batch.lengths[:, None]
@@ -117,3 +130,52 @@ def test_constrain():
         assert y.sharding.shard_shape(y.shape) == (1, 3)
         odd = jax.jit(lambda a: constrain(a * 2, "batch"))(jnp.ones((3, 3)))  # left to XLA
         np.testing.assert_array_equal(odd, 2.0)
+
+
+def test_a_step_with_half_moments_restored_onto_another_mesh(tmp_path):
+    """Two updates on one device; one on (2, 2, 2), saved, and one on (1, 4, 2)."""
+    config = tiny_config()
+    batch = make_batch([make_row("text_only", seed) for seed in range(4)], config)
+    batch = dataclasses.replace(batch, loss_mask=batch.loss_mask & (batch.tokens % 2 == 0))
+    params = random_params(config)
+    optimizer = make_optimizer(OptimizerSettings(1e-2, steps=4, moment_dtype="bfloat16"))
+
+    def place(mesh, tree):
+        tree = jax.device_get(tree)  # or donation would delete what they share
+        return jax.device_put(tree, state_shardings(tree, vlm.logical_axes(config), mesh))
+
+    settings = StepSettings("all", remat="attention", logprob_chunk=64)
+    step = make_supervised_step(config, optimizer, settings)
+
+    fresh = init_train_state(jax.tree.map(jnp.asarray, params), optimizer, "all")
+    expected, _ = step(jax.tree.map(jnp.copy, fresh), batch)
+    expected, metrics = step(expected, batch)
+
+    manager = open_checkpoints(tmp_path)
+    mesh = make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        state, _ = step(place(mesh, fresh), place_batch(batch, mesh))
+        kernel = state.params["language"]["layers"]["q"]["kernel"]
+        moments = optax.tree_utils.tree_get(state.opt_state, "nu")
+        moment = moments["language"]["layers"]["q"]["kernel"]
+        assert kernel.sharding.spec == moment.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+        assert moment.dtype == jnp.bfloat16
+    save_checkpoint(manager, 1, state, {})
+    manager.wait_until_finished()
+
+    mesh = make_mesh(1, 4, 2)
+    with jax.set_mesh(mesh):
+        restored = restore_latest(manager, place(mesh, fresh))
+        assert restored is not None
+        state, _, number = restored
+        assert number == 1
+        kernel = state.params["language"]["layers"]["q"]["kernel"]
+        assert kernel.sharding.mesh.shape["fsdp"] == 4
+        state, ours = step(state, place_batch(batch, mesh))
+    manager.close()
+    assert float(ours["train/loss"]) == pytest.approx(float(metrics["train/loss"]), abs=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3),  # a bfloat16 moment is 1/256 off
+        jax.device_get(state.params),
+        jax.device_get(expected.params),
+    )

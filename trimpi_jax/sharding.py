@@ -16,7 +16,7 @@ Next: trimpi_jax/ops/norms.py
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -105,27 +105,68 @@ def param_shardings(axes_tree: Any, mesh: Mesh, shapes: Any) -> Any:
         message with the degrees that work (key/value heads are the usual limit of `tensor`).
     """
     problems: dict[str, None] = {}  # ordered and without repeats
+    shardings = jax.tree.map(
+        lambda axes, leaf: _sharding(axes, leaf, mesh, problems),
+        axes_tree,
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    _raise_all(problems)
+    return shardings
 
-    def one(axes, leaf):
-        unknown = [name for name in axes if name not in LOGICAL_RULES]
-        if unknown or len(axes) != len(leaf.shape):
-            problems[f"logical axes {axes} do not fit shape {tuple(leaf.shape)}"] = None
-            return None
-        for name, size in zip(axes, leaf.shape, strict=True):
-            rule = LOGICAL_RULES[name]
-            degree = mesh.shape[rule] if isinstance(rule, str) else 1
-            if size % degree:
-                fits = [d for d in range(1, mesh.size + 1) if size % d == 0]
-                problems[
-                    f"{name} has {size} entries, not divisible by {rule}={degree} (of up to "
-                    f"{mesh.size} devices, {rule} may be {fits})"
-                ] = None
-        return NamedSharding(mesh, PartitionSpec(*(LOGICAL_RULES[name] for name in axes)))
 
-    shardings = jax.tree.map(one, axes_tree, shapes, is_leaf=lambda x: isinstance(x, tuple))
+def state_shardings(state: Any, axes_tree: Any, mesh: Mesh) -> Any:
+    """NamedSharding of every leaf of a training state, or of any tree that holds copies of weights.
+
+    A leaf whose path ends like the path of a weight (the weight itself, its optimizer moments) lies
+    like that weight; counters and the like are whole on every device.
+
+    Args:
+      state: leaves need only a `.shape`.
+      axes_tree: logical axes of the weights, nested dicts.
+      mesh: from `make_mesh`.
+
+    Raises:
+      ValueError: see `param_shardings`.
+    """
+    problems: dict[str, None] = {}
+    axes_leaves = jax.tree_util.tree_leaves_with_path(
+        axes_tree, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    by_path = {tuple(key.key for key in path): axes for path, axes in axes_leaves}
+
+    def one(path, leaf):
+        names = tuple(getattr(key, "key", None) for key in path)
+        for start in range(len(names)):
+            if names[start:] in by_path:
+                return _sharding(by_path[names[start:]], leaf, mesh, problems)
+        return NamedSharding(mesh, PartitionSpec())
+
+    shardings = jax.tree_util.tree_map_with_path(one, state)
+    _raise_all(problems)
+    return shardings
+
+
+def _sharding(axes: tuple[str, ...], leaf: Any, mesh: Mesh, problems: dict[str, None]) -> Any:
+    unknown = [name for name in axes if name not in LOGICAL_RULES]
+    if unknown or len(axes) != len(leaf.shape):
+        problems[f"logical axes {axes} do not fit shape {tuple(leaf.shape)}"] = None
+        return None
+    for name, size in zip(axes, leaf.shape, strict=True):
+        rule = LOGICAL_RULES[name]
+        degree = mesh.shape[rule] if isinstance(rule, str) else 1
+        if size % degree:
+            fits = [d for d in range(1, mesh.size + 1) if size % d == 0]
+            problems[
+                f"{name} has {size} entries, not divisible by {rule}={degree} (of up to "
+                f"{mesh.size} devices, {rule} may be {fits})"
+            ] = None
+    return NamedSharding(mesh, PartitionSpec(*(LOGICAL_RULES[name] for name in axes)))
+
+
+def _raise_all(problems: dict[str, None]) -> None:
     if problems:
         raise ValueError("Weights cannot be laid out on the mesh: " + "; ".join(problems) + ".")
-    return shardings
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -144,15 +185,74 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    spec = []
-    for name, size in zip(axes, x.shape, strict=False):
-        rule = LOGICAL_RULES[name] if name is not None else None
-        names = (rule,) if isinstance(rule, str) else tuple(rule or ())
-        degree = math.prod(mesh.shape[n] for n in names)
-        fits = names and size % degree == 0
-        spec.append(names if fits else PartitionSpec.UNCONSTRAINED)
-    spec += [PartitionSpec.UNCONSTRAINED] * (x.ndim - len(spec))
+    free = PartitionSpec.UNCONSTRAINED
+    spec = [_mesh_axes(name, size, mesh) or free for name, size in zip(axes, x.shape, strict=False)]
+    spec += [free] * (x.ndim - len(spec))
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def gather_weights(weights: Any, axes_tree: Any) -> Any:
+    """Weights as they are used: whole over "fsdp", still cut over "tensor".
+
+    For weights that are used many times in one program (decoding) or by an index (the embedding),
+    where XLA would otherwise move activations or gather them again and again. Without a mesh in
+    context, returns its input.
+
+    Args:
+      weights: arrays inside `jax.jit`.
+      axes_tree: the same tree with tuples of logical axis names as leaves.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return weights
+
+    def one(axes, leaf):
+        spec = (
+            () if LOGICAL_RULES[name] == "fsdp" else _mesh_axes(name, size, mesh)
+            for name, size in zip(axes, leaf.shape, strict=True)
+        )
+        return jax.lax.with_sharding_constraint(
+            leaf, PartitionSpec(*(names or None for names in spec))
+        )
+
+    return jax.tree.map(one, axes_tree, weights, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def on_shards(
+    function: Callable[..., jax.Array], arrays: Sequence[jax.Array], axes: Sequence[tuple]
+) -> jax.Array:
+    """`function(*arrays)` on every device's part of the arrays: how a kernel meets the mesh.
+
+    XLA cannot partition a kernel that it cannot see into. Without a mesh in context this is a plain
+    call.
+
+    Args:
+      function: the rows and heads of its result do not mix; the result lies like the first array.
+      arrays: what it takes.
+      axes: per array the logical name of each axis, None = whole on every device; so is an axis
+        that its mesh axes do not divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(*arrays)
+    specs = tuple(
+        PartitionSpec(
+            *(
+                _mesh_axes(name, size, mesh) or None
+                for name, size in zip(names, array.shape, strict=True)
+            )
+        )
+        for names, array in zip(axes, arrays, strict=True)
+    )
+    split = jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)
+    return split(*arrays)
+
+
+def _mesh_axes(name: str | None, size: int, mesh: Any) -> tuple[str, ...]:
+    """The mesh axes that an axis of `size` entries is cut over; none when they do not divide it."""
+    rule = LOGICAL_RULES[name] if name is not None else None
+    names = (rule,) if isinstance(rule, str) else tuple(rule or ())
+    return names if size % math.prod(mesh.shape[n] for n in names) == 0 else ()
 
 
 def place_batch(batch: Any, mesh: Mesh) -> Any:

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.parity.rows import make_batch, random_params, tiny_config
+from tests.parity.rows import make_batch, make_row, random_params, tiny_config
 from trimpi_jax.models import vision, vlm
+from trimpi_jax.models.layers import cast_weights
 from trimpi_jax.sharding import LOGICAL_RULES
 
 APPLY = jax.jit(vlm.apply, static_argnums=1)
@@ -190,3 +191,38 @@ def test_decode_keeps_the_dtype_of_its_cache(config, params):
     )
     assert hidden.dtype == jnp.bfloat16 and cache[0][0].dtype == jnp.bfloat16
     assert np.asarray(cache[1][1][:, :, 0]).any() and not np.asarray(cache[1][1][:, :, 1:]).any()
+
+
+def _hidden_sum(params, config, batch, remat):
+    visual = vlm.encode_images(
+        params, config, batch.patches, batch.patch_hw, batch.patch_segment, remat=remat
+    )
+    arrays = (batch.tokens, batch.positions, batch.lengths, visual, batch.visual_index)
+    return jnp.sum(jnp.sin(vlm.hidden_states(params, config, *arrays, remat=remat)))
+
+
+GRADIENT = jax.jit(jax.grad(_hidden_sum), static_argnums=(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("attention", "remat"), [("splash_interpret", "attention"), ("xla", "dots")]
+)
+def test_kernels_and_recomputation_change_no_gradient(config, params, attention, remat):
+    batch = make_batch([make_row("aligned")], config)
+    reference = GRADIENT(params, config, batch, "none")
+    chosen = dataclasses.replace(config, attention=attention)
+    scale = jax.tree.map(lambda leaf: np.abs(leaf).max() + 1e-3, reference)
+    jax.tree.map(
+        lambda a, b, s: np.testing.assert_allclose(a / s, b / s, atol=3e-5),
+        GRADIENT(params, chosen, batch, remat),
+        reference,
+        scale,
+    )
+
+
+def test_casting_the_weights_first_gives_the_same_numbers(config, params, batch):
+    run = jax.jit(lambda p: vlm.apply(p, config, batch, dtype=jnp.bfloat16))
+    cast = cast_weights(params, jnp.bfloat16)
+    kernel = cast["language"]["layers"]["q"]["kernel"]
+    assert kernel.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(run(cast), run(params))

@@ -53,3 +53,46 @@ def test_chunks_change_nothing(chunk):
 def test_no_chunk_of_nothing():
     with pytest.raises(ValueError, match="at least 1 token"):
         chunked_logprobs(lambda h: h, jnp.zeros((2, 3)), jnp.zeros(2, jnp.int32), 0)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 100])
+def test_only_what_is_needed(chunk):
+    rng = np.random.default_rng(1)
+    hidden = jnp.asarray(rng.standard_normal((3, 7, 4)), jnp.float32)
+    weight = jnp.asarray(rng.standard_normal((4, 9)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 9, (3, 7)))
+    needed = jnp.asarray(rng.random((3, 7)) < 0.4).at[1].set(False)
+
+    def total(weight, hidden, **options):
+        size = chunk if options else 100
+        found = chunked_logprobs(lambda h: h @ weight, hidden, targets, size, **options)
+        assert options == {} or all(not x[~needed].any() for x in jax.device_get(found))
+        return sum(jnp.sum(jnp.where(needed, x, 0.0) * (i + 1)) for i, x in enumerate(found))
+
+    expected = total(weight, hidden)
+    np.testing.assert_allclose(total(weight, hidden, needed=needed), expected, rtol=1e-6)
+
+    def gradients(**options):
+        def loss(weight, hidden):
+            size = chunk if options else 100
+            found = chunked_logprobs(lambda h: h @ weight, hidden, targets, size, **options)
+            return sum(jnp.sum(jnp.where(needed, x, 0.0) * (i + 1)) for i, x in enumerate(found))
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(weight, hidden)
+
+    for mine, other in zip(gradients(needed=needed), gradients(), strict=True):
+        np.testing.assert_allclose(mine, other, atol=2e-5)
+
+
+def test_a_chunk_without_targets_never_meets_the_matrix():
+    seen = []
+
+    def head(h):
+        jax.debug.callback(lambda rows: seen.append(rows.shape), h)
+        return h
+
+    hidden = jnp.ones((2, 12, 5))
+    needed = jnp.zeros((2, 12), bool).at[0, 9:].set(True)  # three, at the end of one row
+    chunked_logprobs(head, hidden, jnp.zeros((2, 12), jnp.int32), 4, needed)
+    jax.effects_barrier()
+    assert seen == [(2, 2, 5)] * 2  # two columns of two rows at a time: two chunks hold the three

@@ -72,7 +72,8 @@ def test_vision_tower(tied_pair):
 def test_gradients_of_every_tensor(pair, tmp_path):
     """d/dw of the mean next-token log-probability, compared under the names on disk."""
     model, config = pair.model, pair.config
-    remat = config.text.tied  # one model with recomputation and one without
+    chunk = 64 if config.text.tied else 10_000
+    remat = "full" if config.text.tied else "none"  # one model with recomputation, one without
 
     def loss(params):
         batch = pair.batch
@@ -89,9 +90,7 @@ def test_gradients_of_every_tensor(pair, tmp_path):
             batch.visual_index,
             remat=remat,
         )
-        logprobs, _ = vlm.token_logprobs(
-            params, config, hidden[:, :-1], batch.tokens[:, 1:], chunk=64 if remat else 10_000
-        )
+        logprobs, _ = vlm.token_logprobs(params, config, hidden[:, :-1], batch.tokens[:, 1:], chunk)
         counts = jnp.arange(1, batch.tokens.shape[1])[None] < batch.lengths[:, None]
         return jnp.sum(jnp.where(counts, logprobs, 0.0)) / jnp.sum(counts)
 

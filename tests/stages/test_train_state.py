@@ -150,6 +150,51 @@ def test_weight_decay_is_for_matrices_only():
     assert (state.params["layers"]["bias"] == 1).all()
 
 
+def test_moments_in_half_the_bytes_follow_the_wide_ones():
+    rng = np.random.default_rng(0)
+    params = {"w": {"kernel": jnp.asarray(rng.standard_normal((4, 5)), jnp.float32)}}
+    optimizers = {
+        dtype: make_optimizer(OptimizerSettings(0.01, steps=9, moment_dtype=dtype))
+        for dtype in ("float32", "bfloat16")
+    }
+    states = {name: init_train_state(params, o, "all") for name, o in optimizers.items()}
+    for _ in range(5):
+        gradients = {("w", "kernel"): jnp.asarray(rng.standard_normal((4, 5)), jnp.float32)}
+        for name, optimizer in optimizers.items():
+            states[name], _ = apply_gradients(states[name], gradients, optimizer, "all")
+    wide, half = (states[name].params["w"]["kernel"] for name in optimizers)
+    assert float(jnp.abs(wide - params["w"]["kernel"]).mean()) > 0.005
+    np.testing.assert_allclose(half, wide, atol=3e-4)  # of steps of 0.01 each
+    moments = [x for x in jax.tree.leaves(states["bfloat16"].opt_state) if x.ndim]
+    assert {x.dtype for x in moments} == {jnp.dtype("bfloat16")} and len(moments) == 2
+    assert half.dtype == jnp.float32
+
+
+def test_half_precision_gradients_are_added_in_float32():
+    # 256 + 1 is 256 in bfloat16: eight parts of 1 would be lost
+    values = jnp.asarray([[256.0], *[[1.0]] * 8], jnp.bfloat16)
+
+    def loss_of(trained, micro):
+        loss = jnp.sum(trained[("w",)] * micro[0])
+        return loss, {"train/loss": loss.astype(jnp.float32)}
+
+    trained = {("w",): jnp.ones((), jnp.bfloat16)}
+    gradients, _ = accumulate_gradients(loss_of, trained, split_micro_batches((values,), 9))
+    assert gradients[("w",)].dtype == jnp.float32 and gradients[("w",)] == 264
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moment_dtype": "bfloat16", "b2": 0.999}, "never shrinks"),
+        ({"moment_dtype": "float16"}, "must be one of"),
+    ],
+)
+def test_moment_dtypes_that_would_not_train_are_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerSettings(0.1, steps=1, **changes)
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"learning_rate": 0.0}, {"steps": 0}, {"warmup_steps": -1}, {"schedule": "linear"}],

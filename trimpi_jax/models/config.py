@@ -1,7 +1,8 @@
 """The shape of a Qwen2.5-VL model, read from and written to Hugging Face's config.json.
 
 Three frozen dataclasses, hashable, so a config can be a static argument of `jax.jit`. Fields that
-no checkpoint stores (`layer_loop`, `lora_scale`) say how to run the model and never reach the disk.
+no checkpoint stores (`layer_loop`, `attention`, `lora_scale`) say how to run the model and never
+reach the disk.
 
 Source: transformers `configuration_qwen2_5_vl.py` (5.x) and the config.json files of the 3B, 7B,
 32B and 72B releases, which spell several fields differently; both spellings are read.
@@ -13,6 +14,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
+
+from trimpi_jax.ops.kernels import IMPLEMENTATIONS
 
 MODEL_TYPE = "qwen2_5_vl"
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
@@ -119,10 +122,13 @@ class VLMConfig:
     eos_token_ids: tuple[int, ...] = (151645, 151643)  # <|im_end|>, <|endoftext|>
     pad_token_id: int = 151643
     layer_loop: str = "scan"  # "scan": one compiled layer; "unrolled": all, for tiny models
+    attention: str = "xla"  # one of ops.kernels.IMPLEMENTATIONS
 
     def __post_init__(self):
         if self.layer_loop not in LAYER_LOOPS:
             raise ValueError(f"layer_loop must be one of {LAYER_LOOPS}, got {self.layer_loop!r}.")
+        if self.attention not in IMPLEMENTATIONS:
+            raise ValueError(f"attention must be one of {IMPLEMENTATIONS}, got {self.attention!r}.")
         if self.vision.out_width != self.text.width:
             raise ValueError(
                 f"The vision tower ends in width {self.vision.out_width}, but the language model "

@@ -9,11 +9,14 @@ Next: trimpi_jax/models/vlm.py
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from trimpi_jax.models.config import TextConfig
 from trimpi_jax.models.layers import (
@@ -27,10 +30,12 @@ from trimpi_jax.models.layers import (
     weight,
 )
 from trimpi_jax.ops.attention import causal_attention, shared_prompt_attention
+from trimpi_jax.ops.kernels import flash_causal
 from trimpi_jax.ops.rotary import mrope_angles, rotate, text_angles
-from trimpi_jax.sharding import constrain
+from trimpi_jax.sharding import constrain, gather_weights, on_shards
 
 KeyValue = tuple[jax.Array, jax.Array]
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q, k, v) of whole rows -> values
 
 
 def linear_maps(config: TextConfig) -> dict[str, Linear]:
@@ -62,10 +67,13 @@ class LanguageLayer(nn.Module):
         self.input_norm = RMSNorm(self.config.width, self.config.rms_eps)
         self.post_norm = RMSNorm(self.config.width, self.config.rms_eps)
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, KeyValue]:
+    def __call__(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend = causal_attention
+    ) -> tuple[jax.Array, KeyValue]:
         """Whole rows [B, T, D]; also returns the keys and values, [B, T, K, H] each."""
-        q, k, v = self._project(x, cos, sin)
-        return self._finish(x, causal_attention(q, k, v)), (k, v)
+        q, k, v = checkpoint_name(self._project(x, cos, sin), "qkv")
+        attended = checkpoint_name(attend(q, k, v), "attended")
+        return self._finish(x, attended), (k, v)
 
     def decode(
         self,
@@ -91,12 +99,28 @@ class LanguageLayer(nn.Module):
     def _project(self, x, cos, sin):
         y = self.input_norm(x)
         # the reference rotates in the dtype of the model, with cos and sin computed in float32
-        return rotate(self.q(y), cos, sin), rotate(self.k(y), cos, sin), self.v(y)
+        q, k, v = rotate(self.q(y), cos, sin), rotate(self.k(y), cos, sin), self.v(y)
+        q = constrain(q, "batch", None, "heads")
+        return q, constrain(k, "batch", None, "kv_heads"), constrain(v, "batch", None, "kv_heads")
 
     def _finish(self, x, attended):
         x = constrain(x + self.o(attended), "batch")
         y = self.post_norm(x)
-        return constrain(x + self.down(jax.nn.silu(self.gate(y)) * self.up(y)), "batch")
+        y = constrain(jax.nn.silu(self.gate(y)) * self.up(y), "batch", None, "mlp")
+        return constrain(x + self.down(y), "batch")
+
+
+def causal_kernel(attention: str) -> Attend:
+    """`causal_attention`, or the kernel of that name on every device's part of q, k and v."""
+    if attention == "xla":
+        return causal_attention
+    rows, shared = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        kernel = functools.partial(flash_causal, implementation=attention)
+        return on_shards(kernel, (q, k, v), (rows, shared, shared))
+
+    return attend
 
 
 class TokenTable(nn.Module):
@@ -111,7 +135,8 @@ class TokenTable(nn.Module):
 
     def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """[...] ids -> [..., D]."""
-        return jnp.take(self.embedding, tokens, axis=0).astype(dtype)
+        table = gather_weights(self.embedding.astype(dtype), ("vocab", "embed"))
+        return jnp.take(table, tokens, axis=0)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V], the tied head."""
@@ -155,8 +180,9 @@ def run_language(
     positions: jax.Array,
     *,
     layer_loop: str,
-    remat: bool,
+    remat: str,
     keep_kv: bool = False,
+    attend: Attend = causal_attention,
 ) -> tuple[jax.Array, list[Any]]:
     """All layers and the final norm over whole rows.
 
@@ -167,6 +193,7 @@ def run_language(
       positions: int32 [B, 3, T].
       layer_loop, remat: see `layers.run_layers`.
       keep_kv: also return every layer's keys and values.
+      attend: (q, k, v) of a whole row -> values.
 
     Returns:
       (hidden [B, T, D], per layer (k, v) [B, T, K, H] or None).
@@ -176,7 +203,7 @@ def run_language(
     layer = LanguageLayer(config)
 
     def body(x, weights):
-        x, key_value = call(layer, weights, x, cos, sin)
+        x, key_value = call(layer, weights, x, cos, sin, attend)
         return x, key_value if keep_kv else None
 
     x, kept = run_layers(body, x, params["layers"], layer_loop=layer_loop, remat=remat)
@@ -229,6 +256,8 @@ def final_norm(params: Params, config: TextConfig, x: jax.Array) -> jax.Array:
 def head_logits(params: Params, config: TextConfig, hidden: jax.Array) -> jax.Array:
     """[..., D] -> float32 [..., V], by the tied table or the head."""
     if config.tied:
-        return call(TokenTable(config), params["embed"], hidden, method="logits")
-    head = output_head(config)
-    return call(head, params["head"], hidden, out_dtype=jnp.dtype(jnp.float32))
+        logits = call(TokenTable(config), params["embed"], hidden, method="logits")
+    else:
+        head = output_head(config)
+        logits = call(head, params["head"], hidden, out_dtype=jnp.dtype(jnp.float32))
+    return constrain(logits, "batch", *(None,) * (logits.ndim - 2), "vocab")

@@ -22,6 +22,15 @@ from trimpi_jax.ops.norms import rms_norm
 Params = dict[str, Any]
 Axis = tuple[str, int]  # logical name, size
 
+# what the backward pass finds of a layer, by the names that the layers give their values; the rest
+# is computed again. Every policy keeps the layer's input.
+REMAT = {
+    "none": "everything",
+    "full": "nothing more",
+    "attention": "queries, keys, values and what attention made of them; the MLP is run again",
+    "dots": "every matrix product without a batch axis",
+}
+
 
 class Linear(nn.Module):
     """y = x W + b over the named axes; adds the low-rank pair where lora.py has put one."""
@@ -110,13 +119,51 @@ def unstack(stacked: Params) -> list[Params]:
     return [structure.unflatten(layer) for layer in zip(*pieces, strict=True)]
 
 
+def save_memory(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """The same layer, keeping for its backward pass what REMAT says under this name.
+
+    Raises:
+      ValueError: another name.
+    """
+    if remat not in REMAT:
+        raise ValueError(f"remat must be one of {tuple(REMAT)}, got {remat!r}.")
+    if remat == "none":
+        return body
+    policies = jax.checkpoint_policies
+    return jax.checkpoint(
+        body,
+        policy={
+            "full": policies.nothing_saveable,
+            "attention": policies.save_only_these_names("qkv", "attended"),
+            "dots": policies.dots_with_no_batch_dims_saveable,
+        }[remat],
+    )
+
+
+def cast_weights(params: Any, dtype: Any) -> Any:
+    """Weights in the dtype of the activations, cast once instead of at every use; same results.
+
+    The kernel of the patch embedding stays as it is: its frames are summed before they are used.
+
+    Args:
+      params: a tree of weights, nested or keyed by path.
+      dtype: of the activations; gradients with respect to the cast weights have it too.
+    """
+
+    def one(path, leaf):
+        keep = "patch_embed" in jax.tree_util.keystr(path) or leaf.dtype == jnp.dtype(dtype)
+        return leaf if keep else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
 def run_layers(
     body: Callable[[jax.Array, Params], tuple[jax.Array, Any]],
     x: jax.Array,
     stacked: Params,
     *,
     layer_loop: str,
-    remat: bool,
+    remat: str,
 ) -> tuple[jax.Array, list[Any]]:
     """Runs `x, extra = body(x, layer)` through a stack.
 
@@ -126,13 +173,12 @@ def run_layers(
       stacked: weights with leading axis L.
       layer_loop: "scan" compiles one layer; "unrolled" compiles L, which is faster to run where
         layers are tiny.
-      remat: keep only each layer's input for the backward pass and compute the rest again.
+      remat: what the backward pass keeps of each layer, one of REMAT.
 
     Returns:
       (x, extras), extras a list of L.
     """
-    if remat:
-        body = jax.checkpoint(body)
+    body = save_memory(body, remat)
     if layer_loop == "unrolled":
         extras = []
         for layer in unstack(stacked):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from trimpi_jax.models.config import VisionConfig
 from trimpi_jax.models.layers import (
@@ -26,12 +27,14 @@ from trimpi_jax.models.layers import (
     declare,
     declare_stack,
     run_layers,
+    save_memory,
     unstack,
     weight,
 )
 from trimpi_jax.ops.attention import segment_attention
+from trimpi_jax.ops.kernels import flash_segments
 from trimpi_jax.ops.rotary import rotate, vision_angles
-from trimpi_jax.sharding import constrain
+from trimpi_jax.sharding import constrain, on_shards
 
 # CLIP's pixel statistics (openai/CLIP, clip.py), used by every Qwen2.5-VL release; RGB, of 0..1
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -76,6 +79,7 @@ class VisionBlock(nn.Module):
         sin: jax.Array,
         segment: jax.Array,
         full: bool,
+        attention: str = "xla",
     ) -> jax.Array:
         c = self.config
         embed, mlp = ("vision_embed", c.width), ("vision_mlp", c.mlp_width)
@@ -93,14 +97,32 @@ class VisionBlock(nn.Module):
         v = qkv[..., 2, :, :]
         b, w, p = segment.shape
         group = (b, w * p) if full else (b * w, p)  # one image row, or one window, per attention
+        q, k, v = checkpoint_name((q, k, v), "qkv")
         q, k, v = (a.reshape(*group, c.heads, c.head_width) for a in (q, k, v))
-        attended = segment_attention(q, k, v, segment.reshape(group))
+        attended = attend_in_segments(q, k, v, segment.reshape(group), full, attention)
+        attended = checkpoint_name(attended, "attended")
         attended = attended.reshape(b, w, p, c.heads, c.head_width)
         x = constrain(x + map_("proj", [heads, head], [embed])(attended), "batch")
 
         y = RMSNorm(c.width, c.rms_eps, name="norm2")(x)
         gate, up = map_("gate", [embed], [mlp])(y), map_("up", [embed], [mlp])(y)
-        return constrain(x + map_("down", [mlp], [embed])(jax.nn.silu(gate) * up), "batch")
+        y = constrain(jax.nn.silu(gate) * up, "batch", None, None, "vision_mlp")
+        return constrain(x + map_("down", [mlp], [embed])(y), "batch")
+
+
+def attend_in_segments(q, k, v, segment: jax.Array, full: bool, attention: str) -> jax.Array:
+    """`ops.attention.segment_attention`, or a kernel for whole images on TPU.
+
+    A window is one 64 x 64 matrix, which no kernel does faster; cuDNN has no segments.
+    """
+    if not full or not attention.startswith("splash"):
+        return segment_attention(q, k, v, segment)
+    heads = ("batch", None, "vision_heads", None)
+    return on_shards(
+        lambda *parts: flash_segments(*parts, attention),
+        (q, k, v, segment),
+        (heads, heads, heads, ("batch", None)),
+    )
 
 
 class Merger(nn.Module):
@@ -160,7 +182,8 @@ def encode_patches(
     *,
     dtype: jnp.dtype,
     layer_loop: str,
-    remat: bool,
+    remat: str,
+    attention: str,
 ) -> jax.Array:
     """Visual tokens of every row.
 
@@ -172,6 +195,7 @@ def encode_patches(
       patch_segment: int32 [B, W, P], 0 = empty slot.
       dtype: of the activations.
       layer_loop, remat: see `layers.run_layers`.
+      attention: one of `ops.kernels.IMPLEMENTATIONS`.
 
     Returns:
       [B, M, D], M = W * P / merge_size^2, in slot order; slots of empty patches hold junk that no
@@ -185,7 +209,7 @@ def encode_patches(
 
     def body(full):
         return lambda x, layer: (
-            call(block, layer, x, cos, sin, patch_segment, full),
+            call(block, layer, x, cos, sin, patch_segment, full, attention),
             None,
         )
 
@@ -219,8 +243,7 @@ def group_size(config: VisionConfig) -> int:
 def _run_irregular(body, x, blocks, config, *, remat):
     """Any pattern of window and full blocks, one compiled copy per block."""
     window, full = body(False), body(True)
-    if remat:
-        window, full = jax.checkpoint(window), jax.checkpoint(full)
+    window, full = save_memory(window, remat), save_memory(full, remat)
     for number, layer in enumerate(unstack(blocks)):
         x, _ = (full if number in config.full_attention_blocks else window)(x, layer)
     return x

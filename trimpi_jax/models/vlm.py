@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from trimpi_jax.models.config import VLMConfig
 from trimpi_jax.models.language import (
     KeyValue,
+    causal_kernel,
     declare_language,
     decode_language,
     embed_tokens,
@@ -62,7 +63,7 @@ def encode_images(
     patch_segment: jax.Array,
     *,
     dtype: Any = jnp.float32,
-    remat: bool = False,
+    remat: str = "none",
 ) -> jax.Array:
     """Visual tokens of every row, in slot order.
 
@@ -73,7 +74,7 @@ def encode_images(
       patch_hw: int32 [B, W, P, 2].
       patch_segment: int32 [B, W, P], 0 = empty slot.
       dtype: of the activations.
-      remat: keep only block inputs for the backward pass.
+      remat: what the backward pass keeps, see `layers.REMAT`.
 
     Returns:
       [B, M, D], M = W * P / merge_size^2. W = 0 skips the tower and gives M = 0.
@@ -89,6 +90,7 @@ def encode_images(
         dtype=jnp.dtype(dtype),
         layer_loop=config.layer_loop,
         remat=remat,
+        attention=config.attention,
     )
 
 
@@ -102,7 +104,7 @@ def hidden_states(
     visual_index: jax.Array,
     *,
     dtype: Any = jnp.float32,
-    remat: bool = False,
+    remat: str = "none",
 ) -> jax.Array:
     """Hidden states after the final norm, ready for the head.
 
@@ -115,7 +117,7 @@ def hidden_states(
       visual: [B, M, D] from `encode_images`.
       visual_index: int32 [B, T], slot in `visual`, -1 = a text token.
       dtype: of the activations.
-      remat: keep only layer inputs for the backward pass.
+      remat: what the backward pass keeps, see `layers.REMAT`.
 
     Returns:
       [B, T, D].
@@ -128,6 +130,7 @@ def hidden_states(
         positions,
         layer_loop=config.layer_loop,
         remat=remat,
+        attend=causal_kernel(config.attention),
     )
     real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
     return jnp.where(real[..., None], hidden, jnp.zeros((), hidden.dtype))
@@ -159,7 +162,13 @@ def apply(
 
 
 def token_logprobs(
-    params: Params, config: VLMConfig, hidden: jax.Array, targets: jax.Array, chunk: int
+    params: Params,
+    config: VLMConfig,
+    hidden: jax.Array,
+    targets: jax.Array,
+    chunk: int,
+    *,
+    needed: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """log p(target) and the entropy of the distribution, per token, in nats.
 
@@ -169,11 +178,12 @@ def token_logprobs(
       hidden: [..., D].
       targets: int32 [...].
       chunk: tokens whose logits exist at a time; `chunk * V * 4` bytes.
+      needed: bool [...], where the numbers are wanted; elsewhere they are 0. None = everywhere.
 
     Returns:
       (logprobs float32 [...], entropy float32 [...]).
     """
-    return chunked_logprobs(lambda h: logits(params, config, h), hidden, targets, chunk)
+    return chunked_logprobs(lambda h: logits(params, config, h), hidden, targets, chunk, needed)
 
 
 def prefill(
@@ -202,7 +212,8 @@ def prefill(
         x,
         positions,
         layer_loop=config.layer_loop,
-        remat=False,
+        remat="none",
+        attend=causal_kernel(config.attention),
         keep_kv=True,
     )
     last = jnp.maximum(lengths - 1, 0)[:, None, None]

@@ -5,7 +5,7 @@ are float32. A masked logit is a large finite number, so a row without any key g
 (an average of all values) and never NaN; such rows are padding and masked later.
 
 Source: scaled dot-product attention (arXiv:1706.03762) with grouped queries (arXiv:2305.13245).
-Next: trimpi_jax/ops/logprobs.py
+Next: trimpi_jax/ops/kernels.py
 """
 
 from __future__ import annotations

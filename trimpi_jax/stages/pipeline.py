@@ -41,6 +41,7 @@ from trimpi_jax.models.hf_weights import stored_dtype
 from trimpi_jax.models.lora import add_lora, merge_lora
 from trimpi_jax.models.processor import Processor
 from trimpi_jax.objectives.grpo import GRPOSettings
+from trimpi_jax.ops.kernels import choose_implementation
 from trimpi_jax.sharding import make_mesh, place_batch
 from trimpi_jax.stages import loop
 from trimpi_jax.stages.auto_sizes import describe_sizes, fill_auto_sizes
@@ -96,7 +97,7 @@ def run(config: ConfigDict, workdir: Path, progress: Progress | None = None) -> 
         run_nano_base(config, workdir, progress)
         return
     model, processor = open_base(config)  # what is wrong with it is told before anything is written
-    model = dataclasses.replace(model, layer_loop=config.layer_loop)
+    model = execution(model, config, jax.default_backend())
     base = model_folder(config.model_dir)
     claim_workdir(config, workdir)
     prepare_data(config, workdir / "data", progress)
@@ -129,6 +130,18 @@ def run(config: ConfigDict, workdir: Path, progress: Progress | None = None) -> 
         f"{minutes:.1f} minutes in this start. Report: {workdir / 'report.html'}"
         f"  Model: {workdir / 'final'}"
     )
+
+
+def execution(model: VLMConfig, config: ConfigDict, platform: str) -> VLMConfig:
+    """The model with what the config says about how to run it on a platform.
+
+    Raises:
+        ValueError: an attention kernel that cannot run there, or an unknown loop.
+    """
+    attention = choose_implementation(
+        config.attention, platform, config.dtype, model.text.head_width
+    )
+    return dataclasses.replace(model, layer_loop=config.layer_loop, attention=attention)
 
 
 def claim_workdir(config: ConfigDict, workdir: Path) -> None:
@@ -332,6 +345,7 @@ def optimizer_settings(settings: ConfigDict, steps: int) -> OptimizerSettings:
         schedule=settings.schedule,
         weight_decay=settings.weight_decay,
         clip_norm=settings.clip_norm,
+        moment_dtype=settings.moment_dtype,
     )
 
 

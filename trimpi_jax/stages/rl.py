@@ -34,6 +34,7 @@ from trimpi_jax.grading.answers import Grade, RewardWeights, grade_completion, r
 from trimpi_jax.inputs.batching import padding_waste
 from trimpi_jax.models import vlm
 from trimpi_jax.models.config import VLMConfig
+from trimpi_jax.models.layers import cast_weights
 from trimpi_jax.models.processor import Processor, decode_completion
 from trimpi_jax.objectives.grpo import GRPOSettings, grpo_loss
 from trimpi_jax.rollouts.groups import View, fits, make_training_rows, make_view
@@ -263,6 +264,7 @@ def make_scorer(
     """A jitted `score(params, rows, images) -> logprobs float32 [Q * R, T - 1]`."""
 
     def score(params: Any, rows: Batch, images: dict[str, jax.Array]) -> jax.Array:
+        params = cast_weights(params, step.dtype)
         visual = _repeated_visual(params, config, rows, images, step)
         logprobs, _ = row_logprobs(params, config, rows, visual, step)
         return logprobs
@@ -286,6 +288,7 @@ def make_update(
     def update(state, rows: Batch, images, rewards, behavior, reference):
         num_prompts, rollouts = rewards.shape
         trained, frozen = split_params(state.params, step.trainable)
+        frozen = cast_weights(frozen, step.dtype)
         tokens = rows.tokens.shape[1]
 
         def grouped(leaf):  # [Q * R, ...] -> [Q, R, ...]
@@ -325,7 +328,9 @@ def make_update(
             ),
             step.micro_batches,
         )
-        gradients, metrics = accumulate_gradients(loss_of, trained, micro_batches)
+        gradients, metrics = accumulate_gradients(
+            loss_of, cast_weights(trained, step.dtype), micro_batches
+        )
         state, norm = apply_gradients(state, gradients, optimizer, step.trainable)
         return state, metrics | {"train/grad_norm": norm}
 

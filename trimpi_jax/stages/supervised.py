@@ -17,6 +17,7 @@ import optax
 
 from trimpi_jax.models import vlm
 from trimpi_jax.models.config import VLMConfig
+from trimpi_jax.models.layers import REMAT, cast_weights
 from trimpi_jax.objectives.cross_entropy import masked_nll_sum
 from trimpi_jax.stages.train_state import (
     Flat,
@@ -37,14 +38,23 @@ class StepSettings:
     trainable: str
     dtype: str = "float32"
     micro_batches: int = 1
-    remat: bool = False
+    remat: str = "none"  # one of models.layers.REMAT
     logprob_chunk: int = 8192  # tokens whose logits exist at a time
+
+    def __post_init__(self):
+        if self.remat not in REMAT:
+            raise ValueError(
+                f"remat must be one of {tuple(REMAT)}, got {self.remat!r}: set --config.remat."
+            )
 
 
 def row_logprobs(
     params: Any, config: VLMConfig, batch: Batch, visual: jax.Array, settings: StepSettings
 ) -> tuple[jax.Array, jax.Array]:
-    """(logprobs, entropy) float32 [B, T - 1] of tokens 1..T-1, given the visual tokens."""
+    """(logprobs, entropy) float32 [B, T - 1] of tokens 1..T-1, given the visual tokens.
+
+    Computed for targets only (`loss_mask`), 0 elsewhere.
+    """
     hidden = vlm.hidden_states(
         params,
         config,
@@ -57,7 +67,12 @@ def row_logprobs(
         remat=settings.remat,
     )
     return vlm.token_logprobs(
-        params, config, hidden[:, :-1], batch.tokens[:, 1:], settings.logprob_chunk
+        params,
+        config,
+        hidden[:, :-1],
+        batch.tokens[:, 1:],
+        settings.logprob_chunk,
+        needed=batch.loss_mask[:, 1:],
     )
 
 
@@ -68,6 +83,7 @@ def make_supervised_step(
 
     def step(state: TrainState, batch: Batch):
         trained, frozen = split_params(state.params, settings.trainable)
+        frozen = cast_weights(frozen, settings.dtype)
         count = jnp.maximum(jnp.sum(batch.loss_mask[:, 1:]), 1)
 
         def loss_of(trained: Flat, micro: Batch):
@@ -86,7 +102,9 @@ def make_supervised_step(
             return loss, {"train/loss": loss}
 
         gradients, metrics = accumulate_gradients(
-            loss_of, trained, split_micro_batches(batch, settings.micro_batches)
+            loss_of,
+            cast_weights(trained, settings.dtype),
+            split_micro_batches(batch, settings.micro_batches),
         )
         state, norm = apply_gradients(state, gradients, optimizer, settings.trainable)
         metrics |= {"train/grad_norm": norm, "train/target_tokens": count}

@@ -24,6 +24,8 @@ from trimpi_jax.models.lora import is_lora_leaf
 Params = dict[str, Any]
 Flat = dict[tuple[str, ...], jax.Array]
 TRAINABLE = ("all", "all_but_vision", "lora")
+MOMENT_DTYPES = ("float32", "bfloat16")
+BFLOAT16_MAX_B2 = 0.996  # bfloat16 keeps 8 bits: neighbours are up to 1/128 apart, half is 0.0039
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +40,23 @@ class OptimizerSettings:
     b2: float = 0.99
     weight_decay: float = 0.0  # on matrices only
     clip_norm: float = 1.0
+    moment_dtype: str = "float32"  # of both moments between updates; the update itself is float32
 
     def __post_init__(self):
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"schedule must be 'constant' or 'cosine', got '{self.schedule}'")
         if not self.learning_rate > 0 or self.steps < 1 or self.warmup_steps < 0:
             raise ValueError(f"learning_rate > 0, steps >= 1, warmup_steps >= 0; got {self}")
+        if self.moment_dtype not in MOMENT_DTYPES:
+            raise ValueError(
+                f"moment_dtype must be one of {MOMENT_DTYPES}, got {self.moment_dtype!r}"
+            )
+        if self.moment_dtype == "bfloat16" and self.b2 > BFLOAT16_MAX_B2:
+            raise ValueError(
+                f"b2 {self.b2} with moment_dtype bfloat16: a moment that shrinks by less than"
+                f" 1 - {BFLOAT16_MAX_B2} a step is rounded back to what it was and never shrinks."
+                " Use float32 moments or a smaller b2."
+            )
 
 
 @flax.struct.dataclass
@@ -56,7 +69,7 @@ class TrainState:
 
 
 def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW."""
+    """Global-norm clipping, then AdamW with its moments stored as the settings say."""
     peak, warmup = settings.learning_rate, min(settings.warmup_steps, settings.steps - 1)
     if settings.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, max(settings.steps - warmup, 1), alpha=0.1)
@@ -69,14 +82,38 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
         schedule = optax.join_schedules([ramp, after], [warmup])
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
-        optax.adamw(
-            schedule,
-            b1=settings.b1,
-            b2=settings.b2,
-            weight_decay=settings.weight_decay,
-            mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 2, tree),
+        store_moments(
+            optax.adamw(
+                schedule,
+                b1=settings.b1,
+                b2=settings.b2,
+                weight_decay=settings.weight_decay,
+                mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 2, tree),
+            ),
+            settings.moment_dtype,
         ),
     )
+
+
+def store_moments(inner: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+    """`inner` with the arrays of its state kept in `dtype` between updates.
+
+    The update computes in float32: XLA fuses the casts, so the wide moments never exist as arrays.
+    """
+    if dtype == "float32":
+        return inner
+
+    def cast(state, to):
+        def one(leaf):
+            return leaf.astype(to) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+        return jax.tree.map(one, state)
+
+    def update(gradients, state, params=None):
+        updates, state = inner.update(gradients, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)
 
 
 def is_trained(path: tuple[str, ...], trainable: str) -> bool:
@@ -128,7 +165,7 @@ def apply_gradients(
 ) -> tuple[TrainState, jax.Array]:
     """One optimizer update: (new state, gradient norm before clipping)."""
     trained, frozen = split_params(state.params, trainable)
-    gradient_tree = _as_tree(gradients)
+    gradient_tree = _as_tree({path: g.astype(jnp.float32) for path, g in gradients.items()})
     updates, opt_state = optimizer.update(gradient_tree, state.opt_state, _as_tree(trained))
     new_tree = optax.apply_updates(_as_tree(trained), updates)
     new_state = TrainState(state.step + 1, join_params(flatten_leaves(new_tree), frozen), opt_state)
@@ -140,7 +177,10 @@ def accumulate_gradients(
     trained: Flat,
     micro_batches: Any,
 ) -> tuple[Flat, dict[str, jax.Array]]:
-    """Sum gradients and metrics of `loss_of(trained, micro)` over the leading axis.
+    """Sum gradients and metrics of `loss_of(trained, micro)` over the leading axis, in float32.
+
+    The gradients of one micro-batch have the dtype of `trained`: give the weights as they are used
+    (`cast_weights`), and a bfloat16 step never holds float32 gradients unless it has to add some.
 
     The losses of the micro-batches add up to the loss of the step, so `loss_of` divides by the
     denominator of the whole batch, and the result does not depend on how it was cut.
@@ -150,7 +190,7 @@ def accumulate_gradients(
     if count == 1:  # no loop for the common case
         return gradient_of(trained, jax.tree.map(lambda leaf: leaf[0], micro_batches))
     shapes = jax.eval_shape(gradient_of, trained, jax.tree.map(lambda x: x[0], micro_batches))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _wide(leaf.dtype)), shapes)
 
     def add(total, micro):
         return jax.tree.map(jnp.add, total, gradient_of(trained, micro)), None
@@ -165,6 +205,10 @@ def split_micro_batches(batch: Any, count: int) -> Any:
     if rows % count:
         raise ValueError(f"{rows} rows do not split into {count} micro-batches")
     return jax.tree.map(lambda x: x.reshape(count, rows // count, *x.shape[1:]), batch)
+
+
+def _wide(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
 def _as_tree(flat: Flat) -> Params:
