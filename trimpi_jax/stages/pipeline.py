@@ -237,20 +237,15 @@ def run_supervised(this: Run, params: Any, stage: str, folder: Path) -> Any:
     data = this.workdir / "data"
     steps = max(1, round(settings.epochs * split_count(data, split) / settings.batch))
     model = this.model
-    trainable, scale = settings.trainable, 1.0
+    trainable = settings.trainable
     if trainable == "lora":
-        scale = settings.lora_alpha / settings.lora_rank
-        model = dataclasses.replace(model, text=dataclasses.replace(model.text, lora_scale=scale))
+        model = with_lora_scale(model, settings)
         key = jax.random.key(this.config.seed)
         key = jax.random.fold_in(key, zlib.crc32(stage.encode()))
         params = add_lora(params, model, key, settings.lora_rank)
     optimizer = make_optimizer(optimizer_settings(settings, steps))
     state = init_train_state(params, optimizer, trainable)
-    step = make_supervised_step(
-        model,
-        optimizer,
-        StepSettings(trainable, this.config.dtype, settings.micro_batches, this.config.remat),
-    )
+    step = make_supervised_step(model, optimizer, step_settings(this.config, stage))
     buckets = tuple(this.config.row_buckets)
     window_buckets = as_buckets(this.config.windows)
 
@@ -287,7 +282,7 @@ def run_supervised(this: Run, params: Any, stage: str, folder: Path) -> Any:
         return state.params
     base = base_of_stage(this.workdir, this.config, int(folder.name.split("_")[0]))
     write_adapter(folder / "adapter", base, model, state.params)
-    return merge_lora(state.params, scale)
+    return merge_lora(state.params, model.text.lora_scale)
 
 
 def run_rl(this: Run, params: Any, folder: Path) -> Any:
@@ -302,24 +297,10 @@ def run_rl(this: Run, params: Any, folder: Path) -> Any:
         this.processor,
         reference,
         optimizer,
-        RLSettings(
-            group_size=settings.group_size,
-            prompts=settings.prompts,
-            update_prompts=settings.update_prompts,
-            policy_rollout=settings.policy_rollout,
-            max_new_tokens=this.config.max_new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            prompt_buckets=tuple(this.config.prompt_buckets),
-            row_buckets=tuple(this.config.row_buckets),
-            windows=max(as_buckets(this.config.windows)),
-            seed=this.config.seed,
-        ),
-        GRPOSettings(settings.clip_low, settings.clip_high, settings.kl_beta),
+        rl_settings(this.config),
+        grpo_settings(this.config),
         RewardWeights(settings.accuracy_weight, settings.format_weight),
-        StepSettings(
-            settings.trainable, this.config.dtype, settings.micro_batches, this.config.remat
-        ),
+        step_settings(this.config, "rl"),
         this.mesh,
     )
 
@@ -334,6 +315,41 @@ def run_rl(this: Run, params: Any, folder: Path) -> Any:
     return loop.run(
         loop_settings(this, "rl", folder, settings.steps), state, source, take_step, this.progress
     ).params
+
+
+def with_lora_scale(model: VLMConfig, settings: ConfigDict) -> VLMConfig:
+    """The model with the factor alpha / rank of its adapters."""
+    scale = settings.lora_alpha / settings.lora_rank
+    return dataclasses.replace(model, text=dataclasses.replace(model.text, lora_scale=scale))
+
+
+def step_settings(config: ConfigDict, stage: str) -> StepSettings:
+    """How a training step of a stage is computed."""
+    settings = config[stage]
+    return StepSettings(settings.trainable, config.dtype, settings.micro_batches, config.remat)
+
+
+def rl_settings(config: ConfigDict) -> RLSettings:
+    """The sizes of an RL step."""
+    settings = config.rl
+    return RLSettings(
+        group_size=settings.group_size,
+        prompts=settings.prompts,
+        update_prompts=settings.update_prompts,
+        policy_rollout=settings.policy_rollout,
+        max_new_tokens=config.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        prompt_buckets=tuple(config.prompt_buckets),
+        row_buckets=tuple(config.row_buckets),
+        windows=max(as_buckets(config.windows)),
+        seed=config.seed,
+    )
+
+
+def grpo_settings(config: ConfigDict) -> GRPOSettings:
+    """The constants of the RL objective."""
+    return GRPOSettings(config.rl.clip_low, config.rl.clip_high, config.rl.kl_beta)
 
 
 def optimizer_settings(settings: ConfigDict, steps: int) -> OptimizerSettings:

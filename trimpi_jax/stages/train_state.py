@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding
 
 from trimpi_jax.models.lora import is_lora_leaf
 
@@ -154,7 +155,24 @@ def init_train_state(
 ) -> TrainState:
     """Step 0 with fresh optimizer state for the trained half."""
     trained, _ = split_params(params, trainable)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(_as_tree(trained)))
+    return TrainState(jnp.zeros((), jnp.int32), params, _init_moments(optimizer, trained))
+
+
+def _init_moments(optimizer: optax.GradientTransformation, trained: Flat) -> Any:
+    """`optimizer.init`, each moment born on the devices of its weight and in its stored dtype."""
+    tree = _as_tree(trained)
+    meshes = {path: getattr(leaf, "sharding", None) for path, leaf in trained.items()}
+    if not all(isinstance(place, NamedSharding) for place in meshes.values()):
+        return optimizer.init(tree)  # shapes only, or one device without a mesh
+
+    def place(path, leaf):
+        names = tuple(getattr(key, "key", None) for key in path)
+        found = (meshes.get(names[start:]) for start in range(len(names)))
+        return next((one for one in found if one is not None), None)
+
+    shapes = jax.eval_shape(optimizer.init, tree)
+    places = jax.tree_util.tree_map_with_path(place, shapes)
+    return jax.jit(optimizer.init, out_shardings=places)(tree)
 
 
 def apply_gradients(
