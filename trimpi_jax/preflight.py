@@ -23,7 +23,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from trimpi_jax.train import parse_flags
+from trimpi_jax.io.flags import parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/nano.py", "recipe, e.g. configs/nano.py:method=trimpi_poro_grpo"
@@ -117,8 +117,10 @@ def run(config: Any) -> bool:
                 continue
             one, outputs = estimate(program, model, mesh, config.dtype)
             found.append(one)
-            progress.say(line(one, chip, memory))
-    progress.table(table(found, chip, memory))
+            progress.say(line(one, memory))
+    progress.say("bytes per chip")
+    for text in table(found, chip, memory):
+        progress.say(text)
     too_large = [one for one in found if one.refused or one.total_bytes > memory]
     for one in too_large:
         progress.say(explain(one, memory))
@@ -204,32 +206,36 @@ def local_memory_bytes(device: Any) -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def line(one: Any, chip: Any, memory: float) -> str:
+def line(one: Any, memory: float) -> str:
     """One program, as soon as it is compiled."""
     state = "does not fit" if one.refused or one.total_bytes > memory else "fits"
     return f"  {one.program}: {size(one.total_bytes)} a chip, {state} ({one.compile_s:.0f} s)"
 
 
-def table(found: list[Any], chip: Any, memory: float) -> Any:
-    """All programs side by side."""
-    from rich.table import Table
-
-    result = Table(title="bytes per chip", title_justify="left")
-    heads = "program|arguments|results|temporary|beside|total|of memory|TFLOP|floor|compile"
-    for number, head in enumerate(heads.split("|")):
-        result.add_column(head, justify="left" if number == 0 else "right", no_wrap=number > 0)
+def table(found: list[Any], chip: Any, memory: float) -> list[str]:
+    """All programs side by side, as lines of plain text."""
+    head = "program|arguments|results|temporary|beside|total|of chip|TFLOP|floor|compile"
+    rows = [head.split("|")]
     for one in found:
-        floor = f"{1000 * one.floor_s(chip):.1f} ms" if chip else "-"
         sizes = (one.argument_bytes, one.output_bytes, one.temporary_bytes, one.beside_bytes)
-        result.add_row(
-            one.program,
-            *map(size, (*sizes, one.total_bytes)),
-            f"{100 * one.total_bytes / memory:.0f} %",
-            f"{one.flops / 1e12:.2f}",
-            floor,
-            f"{one.compile_s:.0f} s",
+        rows.append(
+            [
+                one.program,
+                *map(size, (*sizes, one.total_bytes)),
+                f"{100 * one.total_bytes / memory:.0f} %",
+                f"{one.flops / 1e12:.3g}",
+                f"{1000 * one.floor_s(chip):.1f} ms" if chip else "-",
+                f"{one.compile_s:.0f} s",
+            ]
         )
-    return result
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if at == 0 else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
 
 
 def explain(one: Any, memory: float) -> str:
@@ -248,7 +254,7 @@ def size(count: float) -> str:
 
 
 def padding(config: Any, model: Any, source: str, count: int) -> list[str]:
-    """Lines that say which buckets the config's data falls into, and how much of them is padding."""
+    """Lines that say which buckets the config's data falls into, and how much is padding."""
     from trimpi_jax.stages.padding import measure_padding
 
     if not (Path(source) / "tokenizer.json").is_file():

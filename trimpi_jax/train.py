@@ -11,6 +11,8 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from trimpi_jax.io.flags import parse_flags
+
 _CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/nano.py", "recipe, e.g. configs/nano.py:method=trimpi_poro_grpo"
 )
@@ -34,19 +36,6 @@ def main(argv: list[str]) -> None:
         if type(error).__name__ in ("XlaRuntimeError", "JaxRuntimeError"):
             raise  # not the user's doing: the traceback is what helps
         sys.exit(f"{type(error).__name__}: {error}")
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with unknown config keys as one line instead of a traceback."""
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError) as error:
-        # ml_collections wraps one message's repr in another's
-        text = str(error.args[0]).replace("\\n", " ").replace("\n", " ").replace("\\'", "'")
-        sys.exit(
-            f"unknown config key {text}\nA stage's options exist only when the method runs that"
-            " stage; --helpfull lists all flags."
-        )
 
 
 if __name__ == "__main__":

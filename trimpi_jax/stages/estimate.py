@@ -6,7 +6,7 @@
     floor    max(FLOPs / peak FLOP/s, bytes that must move / peak bandwidth): no program is faster
 
 Bytes that must move: all weights in the dtype of the activations once per pass, arguments and
-results once, keys and values of the cache once per decoding step. Peaks are the makers' data sheets.
+results once, keys and values of the cache once per decoding step. Peaks are the makers' figures.
 
 Next: trimpi_jax/preflight.py
 """
@@ -86,9 +86,7 @@ def chip_of(device: Any) -> Chip | None:
     return exact or next((chip for name, chip in CHIPS.items() if name in kind), None)
 
 
-def estimate(
-    program: Program, model: VLMConfig, mesh: Mesh, dtype: str
-) -> tuple[Estimate, Any]:
+def estimate(program: Program, model: VLMConfig, mesh: Mesh, dtype: str) -> tuple[Estimate, Any]:
     """(what the program needs, the shapes of its outputs); compiles, runs nothing."""
     started = time.perf_counter()
     traced = program.function.trace(*program.arguments)
@@ -176,8 +174,11 @@ def read_refusal(message: str, argument_bytes: int) -> tuple[str, int]:
     scale = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
     used = re.search(r"Used ([\d.]+)([KMGT]) of", message)
     total = float(used[1]) * scale[used[2]] if used else math.nan
-    sizes = re.findall(r"Size: ([\d.]+[KMGT]?).*?(?:Operator: op_name=\"([^\"]*)\"|Shape: (\S+))",
-                       message, flags=re.S)
+    sizes = re.findall(
+        r"Size: ([\d.]+[KMGT]?).*?(?:Operator: op_name=\"([^\"]*)\"|Shape: (\S+))",
+        message,
+        flags=re.S,
+    )
     largest = [f"{size} {operator or shape}" for size, operator, shape in sizes[:5]]
     temporaries = 0 if math.isnan(total) else max(int(total) - argument_bytes, 0)
     return "; ".join(largest) or message[:300], temporaries

@@ -1,8 +1,8 @@
 """How much of the buckets is padding, measured on the first examples of the config's data.
 
-In: a config and a tokenizer. Out: per kind of row the buckets it falls into, the share of slots that
-hold no token, and what fits nowhere. Completions of RL are not known before the run: the gold ones
-stand for them.
+In: a config and a tokenizer. Out: per kind of row the buckets it falls into, the share of slots
+that hold no token, and what fits nowhere. Completions of RL are not known before the run: the gold
+ones stand for them.
 
 Next: trimpi_jax/stages/programs.py
 """
@@ -63,10 +63,11 @@ def describe(rows: Sequence[EncodedRow], buckets: Sequence[int], windows: int) -
     kept = [(length, b) for length, b in zip(lengths, fitting, strict=True) if b is not None]
     slots = sum(bucket for _, bucket in kept)
     waste = f"{100 * (1 - sum(length for length, _ in kept) / slots):.0f} %" if slots else "-"
-    counts = ", ".join(f"{n} in {bucket}" for bucket, n in sorted(Counter(b for _, b in kept).items()))
+    counts = Counter(bucket for _, bucket in kept)
+    told = ", ".join(f"{count} in {bucket}" for bucket, count in sorted(counts.items()))
     used = sum(len(row.images.patches) for row in rows)
     vision = 100 * (1 - used / (len(rows) * windows)) if windows else 0.0
-    text = f"{min(lengths)} to {max(lengths)} tokens; {counts or 'none fits'}; {waste} padding, "
+    text = f"{min(lengths)} to {max(lengths)} tokens; {told or 'none fits'}; {waste} padding, "
     text += f"{vision:.0f} % of the vision windows"
     missing = len(rows) - len(kept)
     return f"{text}; {missing} of {len(rows)} fit NO bucket" if missing else text

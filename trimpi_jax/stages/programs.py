@@ -128,9 +128,7 @@ def _supervised_programs(config, model, mesh, stage, params) -> Programs:
         add = functools.partial(add_lora, config=model, rank=settings.lora_rank)
         params = jax.eval_shape(lambda tree, key: add(tree, key=key), params, _key(mesh))
     optimizer = make_optimizer(optimizer_settings(settings, 1000))
-    start = functools.partial(
-        init_train_state, optimizer=optimizer, trainable=settings.trainable
-    )
+    start = functools.partial(init_train_state, optimizer=optimizer, trainable=settings.trainable)
     state = place_weights(jax.eval_shape(start, params), model, mesh, adapters=adapters)
     step = make_supervised_step(model, optimizer, step_settings(config, stage))
     for bucket in config.row_buckets:
