@@ -84,8 +84,8 @@ def make_sampler(
         settings: see `SamplerSettings`.
         vocabulary: number of ids that the tokenizer knows.
     """
-    allowed = jnp.asarray(allowed_tokens(config, vocabulary))[None, None]
-    stop_ids = jnp.asarray(config.eos_token_ids, jnp.int32)[None, None]
+    allowed = allowed_tokens(config, vocabulary)[None, None]
+    stop_ids = np.asarray(config.eos_token_ids, np.int32)[None, None]
     num_samples, num_steps = settings.completions, settings.max_new_tokens
 
     def sample(params: Any, prompts: Batch, key: jax.Array, ids: jax.Array) -> Rollouts:
