@@ -44,6 +44,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.model_dir = ""  # a folder of the released weights; there is no default
     config.dtype = "bfloat16"  # of activations; weights and moments are float32
     config.layer_loop = "scan"  # one compiled layer
+    config.remat = "full"  # keep the layers' inputs only; `trimpi_jax.preflight` says what fits
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})  # paper: 8 GPUs, ZeRO-like
     config.data_dir = ""  # a dataset built with just these settings, e.g. by make_cot; "" = build
     config.save_every = 20

@@ -1,7 +1,7 @@
 r"""The door of preflight: does this run fit, before anything is allocated?
 
     python -m trimpi_jax.preflight --config configs/nano.py
-    python -m trimpi_jax.preflight --config configs/nano.py --model 7b --topology v5p:2x2x1
+    python -m trimpi_jax.preflight --config configs/qwen2_5_vl.py:size=7b --topology v5p:2x2x1
 
 Compiles every program of the run for this machine's devices, or for a TPU that is not here (then
 `libtpu` must be installed, and nothing else of a TPU), and prints what each needs. Exit status 1
@@ -32,7 +32,7 @@ _TOPOLOGY = flags.DEFINE_string(
     "topology", "", "a TPU to compile for, e.g. v5p:2x2x4 (GENERATION:CHIPS), instead of this host"
 )
 _MODEL = flags.DEFINE_string(
-    "model", "", "3b, 7b, 32b, 72b or a folder with config.json, instead of config.model_dir"
+    "model", "", "3b, 7b, 32b, 72b or a folder with config.json; config.model_dir or size if absent"
 )
 _ONLY = flags.DEFINE_string("only", "", "a regular expression: programs whose names match")
 _EXAMPLES = flags.DEFINE_integer(
@@ -91,7 +91,7 @@ def run(config: Any) -> bool:
         if _STAND_IN.value not in CHIPS:
             raise ValueError(f"--stand_in_for {_STAND_IN.value}: there are {sorted(CHIPS)}")
         chip = CHIPS[_STAND_IN.value]
-    model, source = find_model(_MODEL.value or config.model_dir)
+    model, source = find_model(_MODEL.value or config.model_dir or config.get("size", ""))
     model = execution(model, config, platform)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     vocabulary = model.text.vocab_size
@@ -177,17 +177,16 @@ def find_model(name: str) -> tuple[Any, str]:
     Raises:
         ValueError: neither.
     """
-    from trimpi_jax.models.config import VLMConfig
-    from trimpi_jax.models.presets import PRESETS
+    from trimpi_jax.models.hf_weights import read_config
+    from trimpi_jax.models.releases import RELEASES
     from trimpi_jax.stages.model_files import model_folder
 
+    if name.lower() in RELEASES:
+        return RELEASES[name.lower()], f"Qwen2.5-VL-{name.upper()}"
     folder = model_folder(name)
-    path = folder / "config.json"
-    if path.is_file():
-        return VLMConfig.from_hf(json.loads(path.read_text())), str(folder)
-    if name.lower() in PRESETS:
-        return PRESETS[name.lower()], f"Qwen2.5-VL-{name.upper()}"
-    raise ValueError(f"'{name}' is neither a folder with config.json nor one of {sorted(PRESETS)}")
+    if (folder / "config.json").is_file():
+        return read_config(folder), str(folder)
+    raise ValueError(f"'{name}' is neither a folder with config.json nor one of {list(RELEASES)}")
 
 
 def parameters_of(model: Any) -> int:

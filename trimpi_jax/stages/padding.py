@@ -17,6 +17,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from data_pipelines.build import DATASETS, make_settings
+from trimpi_jax.inputs.batching import as_buckets
 from trimpi_jax.inputs.encode import EncodedRow, encode_prompt
 from trimpi_jax.models.config import VLMConfig
 from trimpi_jax.models.processor import load_processor
@@ -32,6 +33,7 @@ def measure_padding(
     name = options.pop("dataset")
     settings = make_settings(name, options)
     processor = load_processor(Path(folder), model)
+    windows = max(as_buckets(config.windows))
 
     def first(split: str):
         splits = DATASETS[name].make_splits(settings, lambda done, total: None)
@@ -40,13 +42,13 @@ def measure_padding(
     test, cot = first("test"), first("cot")
     for view, aware in (("policy-free prompts", False), ("policy-aware prompts", True)):
         rows = [encode_prompt(one, processor, policy_in_prompt=aware) for one in test]
-        yield view, describe(rows, config.prompt_buckets, config.windows)
+        yield view, describe(rows, config.prompt_buckets, windows)
     if "vm_cpt" in config.stages:
         rows = [encode_vm_cpt_row(one, processor) for one in cot]
-        yield "vm_cpt rows", describe(rows, config.row_buckets, config.windows)
+        yield "vm_cpt rows", describe(rows, config.row_buckets, windows)
     if "cot_sft" in config.stages or "rl" in config.stages:
         rows = [encode_sft_row(one, processor, stage="cot_sft") for one in cot]
-        yield "prompt and completion", describe(rows, config.row_buckets, config.windows)
+        yield "prompt and completion", describe(rows, config.row_buckets, windows)
 
 
 def describe(rows: Sequence[EncodedRow], buckets: Sequence[int], windows: int) -> str:

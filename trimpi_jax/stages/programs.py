@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from trimpi_jax.inputs.batching import as_buckets
 from trimpi_jax.models import vlm
 from trimpi_jax.models.config import VLMConfig
 from trimpi_jax.models.lora import add_lora, lora_axes
@@ -132,7 +133,7 @@ def _supervised_programs(config, model, mesh, stage, params) -> Programs:
     state = place_weights(jax.eval_shape(start, params), model, mesh, adapters=adapters)
     step = make_supervised_step(model, optimizer, step_settings(config, stage))
     for bucket in config.row_buckets:
-        batch = batch_shapes(model, mesh, settings.batch, bucket, config.windows)
+        batch = batch_shapes(model, mesh, settings.batch, bucket, max(as_buckets(config.windows)))
         yield Program(
             name=f"{stage}/step {bucket}",
             function=step,
@@ -165,14 +166,14 @@ def _rl_programs(config, model, mesh, vocabulary, params) -> Programs:
         )
         sample = make_sampler(model, sampler, vocabulary)
         bucket = max(config.prompt_buckets) if view == "aware" else min(config.prompt_buckets)
-        prompts = batch_shapes(model, mesh, sizes.prompts, bucket, config.windows)
+        prompts = batch_shapes(model, mesh, sizes.prompts, bucket, max(as_buckets(config.windows)))
         yield _sampling(f"rl/sample {view} {bucket}", sample, params, prompts, sampler, mesh, held)
     score = make_scorer(model, step)
     update = make_update(model, optimizer, grpo_settings(config), step)
     for bucket in config.row_buckets:
         for name, prompts in (("score", sizes.prompts), ("update", sizes.update_prompts)):
             rows = batch_shapes(model, mesh, prompts * group, bucket, 0)
-            batch = batch_shapes(model, mesh, prompts, bucket, config.windows)
+            batch = batch_shapes(model, mesh, prompts, bucket, max(as_buckets(config.windows)))
             images = {
                 part: getattr(batch, part) for part in ("patches", "patch_hw", "patch_segment")
             }
@@ -199,7 +200,9 @@ def _evaluation_programs(config, model, mesh, vocabulary, params) -> Programs:
     sampler = SamplerSettings(1, config.max_new_tokens, temperature=0.0, dtype=config.dtype)
     sample = make_sampler(model, sampler, vocabulary)
     for bucket in config.prompt_buckets:
-        prompts = batch_shapes(model, mesh, config.eval.rows, bucket, config.windows)
+        prompts = batch_shapes(
+            model, mesh, config.eval.rows, bucket, max(as_buckets(config.windows))
+        )
         held = {"weights": params}
         yield _sampling(f"evaluate/sample {bucket}", sample, params, prompts, sampler, mesh, held)
 

@@ -218,11 +218,27 @@ def accumulate_gradients(
 
 
 def split_micro_batches(batch: Any, count: int) -> Any:
-    """[B, ...] -> [count, B / count, ...] for every leaf."""
+    """[B, ...] -> [count, B / count, ...] for every leaf; row i goes to part i mod count.
+
+    A device holds neighbouring rows, so every part has rows of every device and none has to move.
+
+    Raises:
+        ValueError: the rows do not split, or a part has no row for some device of the mesh.
+    """
     rows = jax.tree.leaves(batch)[0].shape[0]
     if rows % count:
         raise ValueError(f"{rows} rows do not split into {count} micro-batches")
-    return jax.tree.map(lambda x: x.reshape(count, rows // count, *x.shape[1:]), batch)
+    mesh = jax.sharding.get_abstract_mesh()
+    degree = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+    if count > 1 and rows // count % degree:
+        raise ValueError(
+            f"{rows} rows in {count} micro-batches are {rows // count} rows at a time, not a"
+            f" multiple of the {degree} devices of mesh axes ('data', 'fsdp'). Use fewer"
+            " micro_batches, or more of the mesh for 'tensor'."
+        )
+    return jax.tree.map(
+        lambda x: x.reshape(rows // count, count, *x.shape[1:]).swapaxes(0, 1), batch
+    )
 
 
 def _wide(dtype: Any) -> Any:
