@@ -47,6 +47,7 @@ from data_pipelines.gta_policy.families.draft import (
 from data_pipelines.gta_policy.tasks import Step
 
 CLEVR_SIZE = (320, 240)
+MAX_SOLIDS = 6  # the renderer is compiled once for scenes of up to six
 # color name -> paint
 PAINTS = {
     "red": "#b8322a", "blue": "#2c5f9e", "green": "#3c7a41", "yellow": "#e3b62f",
@@ -88,7 +89,7 @@ SEASONS = {
 
 def clevr_count(rng: np.random.Generator, name: Name) -> Draft:
     """A CLEVR scene: how many more of these than of those?"""
-    scene, image, _ = _make_clevr(rng, 5, 9)
+    scene, image, _ = _make_clevr(rng, 4)
     groups = _phrases(scene.objects)
     least = min(number for _, number in groups)
     first, more = pick(rng, [group for group in groups if group[1] > least] or groups)
@@ -107,7 +108,7 @@ def clevr_count(rng: np.random.Generator, name: Name) -> Draft:
 def clevr_box(rng: np.random.Generator, name: Name) -> Draft:
     """A CLEVR scene: mark one solid, or say what it is made of."""
     while True:
-        scene, image, boxes = _make_clevr(rng, 3, 6)
+        scene, image, boxes = _make_clevr(rng, 3)
         hidden = pick(rng, ("material", "size", "color", "shape"))
         named = [key for key in ("size", "color", "material", "shape") if key != hidden]
         found = [_phrase(o, named) for o in scene.objects]
@@ -285,15 +286,15 @@ def postcard(rng: np.random.Generator, name: Name) -> Draft:
     return Draft((finish(canvas),), request, tuple(steps), last, open_ended=True)
 
 
-def _make_clevr(rng: np.random.Generator, low: int, high: int) -> tuple[Scene, bytes, list[Box]]:
+def _make_clevr(rng: np.random.Generator, fewest: int) -> tuple[Scene, bytes, list[Box]]:
     """A scene, its picture, and the box of what is visible of each object."""
     width, height = CLEVR_SIZE
     (scene,) = sample_scenes(
         int(rng.integers(2**31)),
         0,
         1,
-        min_objects=low,
-        max_objects=high,
+        min_objects=fewest,
+        max_objects=MAX_SOLIDS,
         width=width,
         height=height,
     )

@@ -181,7 +181,7 @@ def test_the_plot_code_draws_the_values(drafts):
 def test_boxes_and_counts_are_those_of_the_scene():
     """The box of the named solid is that of its visible pixels; counts are those of the scene."""
     rng = np.random.default_rng(11)
-    scene, _, boxes = scenes._make_clevr(rng, 4, 6)
+    scene, _, boxes = scenes._make_clevr(rng, 4)
     width, height = scenes.CLEVR_SIZE
     (mask,) = render_masks([scene], width=width, height=height)
     for i, (x1, y1, x2, y2) in enumerate(boxes):
