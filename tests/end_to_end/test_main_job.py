@@ -106,7 +106,7 @@ def test_flipped_bit_in_a_shard_is_refused(unbroken, tiny_config, tmp_path):
     workdir = tmp_path / "run"
     data = workdir / "data"
     data.mkdir(parents=True)
-    for path in (unbroken[0] / "data").iterdir():
+    for path in (unbroken[0] / "data").glob("*.*"):
         content = bytearray(path.read_bytes())
         if path.name.startswith("test"):
             content[len(content) // 2] ^= 1
