@@ -31,7 +31,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
 
 def set_vm_cpt(section: ConfigDict) -> None:
     section.batch = 2  # rows of a whole document: thousands of tokens each
-    section.epochs = 2
+    del section.epochs
+    section.epochs = 2.0  # a part of an epoch is enough for a long document and many examples
 
 
 def set_sft(section: ConfigDict) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 
 import msgpack
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 IMAGE_MARK = "<image>"
 MAX_IMAGE_PIXELS = 40_000_000  # larger files are refused before decoding (decompression bombs)
@@ -125,6 +125,11 @@ def decode_image(encoded: bytes, where: str = "image") -> np.ndarray:
     except Image.DecompressionBombError as error:  # Pillow has a limit of its own, above ours
         raise ValueError(
             f"{where}: more than {MAX_IMAGE_PIXELS} pixels; scale the file down ({error})"
+        ) from error
+    except UnidentifiedImageError as error:
+        raise ValueError(
+            f"{where}: {len(encoded)} bytes that are no readable image of"
+            f" {', '.join(IMAGE_FORMATS)}"
         ) from error
     except (OSError, SyntaxError) as error:
         raise ValueError(

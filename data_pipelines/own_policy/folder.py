@@ -145,7 +145,7 @@ def _inside(root: Path, link: str) -> Path:
     """
     path = root / link
     if "\0" in link or "\\" in link:
-        raise ValueError(f"'{link}' is no path; write forward slashes")
+        raise ValueError(f"{link!r} is no path; write forward slashes")
     try:
         real = path.resolve()
     except (OSError, RuntimeError) as error:  # a loop of symbolic links
@@ -155,7 +155,9 @@ def _inside(root: Path, link: str) -> Path:
             f"'{link}' leaves the folder; copy the file into it and link it relatively"
         )
     try:
-        if not real.is_file():
+        if real.exists() and not real.is_file():
+            raise ValueError(f"'{link}' is no file")
+        if not real.exists():
             near = [item.name for item in real.parent.iterdir()] if real.parent.is_dir() else []
             close = difflib.get_close_matches(real.name, near, n=1)
             raise ValueError(

@@ -21,6 +21,7 @@ from data_pipelines.answer_forms import FORM_NAMES, AnswerForm, parse_json
 
 PLACEHOLDERS = ("policy", "profile", "history", "query", "instruction")
 CHAT_MARKS = re.compile(r"<\|[a-z_]+\|>")  # <|im_end|> and the like would end or fake a message
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write one, UTF-8 cannot
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -175,6 +176,8 @@ def check_text(text: str, what: str) -> list[str]:
         problems.append(f"{what} contains the chat marks {marks}, which the model reads as control")
     if "<image>" in text:
         problems.append(f"{what} contains <image>, which marks the place of a picture")
+    if LONE_SURROGATE.search(text):
+        problems.append(f"{what} contains a half of a surrogate pair, which is no letter")
     return problems
 
 

@@ -1,5 +1,6 @@
 """A folder's problems: all of them, each with its file and line, and nothing written."""
 
+import os
 import struct
 import zlib
 
@@ -96,6 +97,21 @@ def test_every_problem_is_listed_at_once_with_its_line(tmp_path):
     ]
     for line, (place, text) in zip(found, expected, strict=True):
         assert line.startswith(place) and text in line, (line, place, text)
+
+
+def test_odd_links_and_values_are_problems_and_no_exceptions(tmp_path):
+    links = ("pictures", "loop.png", "fifo.png", "a\0b.png", "C:\\x.png", "a" * 5000, "x.svg")
+    lines = [example(0, id=f"l{i}", images=[link]) for i, link in enumerate(links)]
+    values = ('"\\ud800"', "9" * 5000, "1e999", "true", "[" * 50_000, '{"name": "\\ud800"}')
+    lines += [f'{{"images": ["pictures/1.png"], "query": "q", "answer": {v}}}' for v in values]
+    folder = write_folder(tmp_path / "desk", lines=lines)
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    os.mkfifo(folder / "fifo.png")
+    (folder / "x.svg").write_text("<svg/>")
+    found = problems_of(folder)
+    assert {line.split(":")[1] for line in found} == {str(i) for i in range(1, len(lines) + 1)}
+    assert "examples.jsonl:1: 'pictures' is no file" in found
+    assert any("no readable image of PNG, JPEG" in line for line in found)
 
 
 def test_nothing_is_written_for_a_bad_folder(tmp_path):
