@@ -8,10 +8,9 @@
     task    clevr_t2, clevr_t4, clevr_t6 (default), clevr_m2, clevr_m4, clevr_m6, gta, own
     method  a row of configs/methods.py           trimpi_poro_grpo by default
 
-`task=own` needs --config.data.source=/folder/of/the/policy. Numbers marked "paper" are those of
-arXiv:2510.09474, section 4 and its appendix on training details; "ours" marks what it leaves open.
-The paper trains 3b and 7b; 32b and 72b take the same numbers. What this file does not name is as in
-configs/nano.py.
+`task=own` needs --config.data.source=/folder/of/the/policy (docs/own_policy.md). Numbers marked
+"paper" are those of arXiv:2510.09474, section 4; "ours" marks what it leaves open. The paper trains
+3b and 7b; 32b and 72b take the same numbers. What this file does not name is as in configs/nano.py.
 """
 
 import difflib
@@ -99,7 +98,8 @@ def set_clevr(config: ConfigDict, task: str) -> None:
     crops = CONDITIONS[depth] if variant == "m" else 0
     policy = POLICY_TOKENS[depth] + 6 * crops  # a crop of 2x2 visual tokens between its two marks
     longest = MAX_NEW_TOKENS[depth]
-    config.windows = CLEVR_WINDOWS + crops
+    del config["windows"]  # one number there, buckets here
+    config.windows = (CLEVR_WINDOWS, CLEVR_WINDOWS + crops) if crops else (CLEVR_WINDOWS,)
     config.max_new_tokens = longest
     config.prompt_buckets = round_up(FREE_TOKENS, FREE_TOKENS + policy)
     config.row_buckets = round_up(FREE_TOKENS + longest, FREE_TOKENS + policy + longest)
@@ -108,24 +108,30 @@ def set_clevr(config: ConfigDict, task: str) -> None:
 
 def set_gta(config: ConfigDict, task: str) -> None:
     """GTAPolicy: 451 training and 106 test instances of one tool call (paper)."""
-    config.data = ConfigDict({"dataset": "gta_policy"})
-    config.max_pixels = 512 * 28 * 28  # ours: 512 visual tokens an image
-    config.windows = 108  # ours: three such images, 6x6 windows each
-    config.max_new_tokens = 512  # ours
-    config.prompt_buckets = (2048, 8192)  # ours: 14 tools and 24 rules are the policy
-    config.row_buckets = (2560, 8704)
+    config.data = data = ConfigDict()
+    data.dataset = "gta_policy"
+    data.source = "synthetic"  # or "official", the GTA release in gta_dir, as the paper
+    data.gta_dir = ""
+    data.train, data.test = 451, 106  # paper
+    data.seed = 0
+    config.max_pixels = 512 * 28 * 28  # ours: at most 512 visual tokens an image
+    set_auto_sizes(config)
     config.eval = ConfigDict({"examples": 106, "rows": 64})
 
 
 def set_own(config: ConfigDict, task: str) -> None:
-    """A user's own policy folder: sizes to begin with, the run says when a row does not fit."""
-    config.data = ConfigDict({"dataset": "own_policy", "source": ""})
+    """A user's own policy folder."""
+    config.data = ConfigDict({"dataset": "own", "source": ""})
     config.max_pixels = 512 * 28 * 28
-    config.windows = 72
-    config.max_new_tokens = 512
-    config.prompt_buckets = (1536, 8192)
-    config.row_buckets = (2048, 8704)
-    config.eval = ConfigDict({"examples": 500, "rows": 64})
+    set_auto_sizes(config)
+    config.eval = ConfigDict({"examples": 500, "rows": 64})  # fewer than that: all there are
+
+
+def set_auto_sizes(config: ConfigDict) -> None:
+    """Buckets, windows and completion length from the data, as in configs/own_policy.py."""
+    for key in ("windows", "prompt_buckets", "row_buckets", "max_new_tokens"):
+        del config[key]
+        config[key] = "auto"
 
 
 TASK_SETTERS = {"clevr_t": set_clevr, "clevr_m": set_clevr, "gta": set_gta, "own": set_own}
