@@ -29,7 +29,7 @@ FREE_TOKENS = CLEVR_VISUAL_TOKENS + 81  # with the template and the query of 37 
 POLICY_TOKENS = {2: 160, 4: 640, 6: 2560}
 # chains of thought, longest of 360 in Qwen2.5 tokens, measured: 118, 190, 260; RL may ramble
 MAX_NEW_TOKENS = {2: 192, 4: 256, 6: 384}
-CONDITIONS = {2: 3, 4: 15, 6: 54}  # of a tree; each is shown by at most one crop in variant M
+CROPS = {2: 2, 4: 8, 6: 27}  # in a document of variant M: half of its conditions show a picture
 COT_EXAMPLES = {"t": 2526, "m4": 2282, "m6": 2472, "m2": 2500}  # paper, except m2 (about 2.5K)
 
 TASKS = (*(f"clevr_{variant}{depth}" for variant in "tm" for depth in (2, 4, 6)), "gta", "own")
@@ -95,7 +95,7 @@ def set_clevr(config: ConfigDict, task: str) -> None:
     data.seed = 0
     data.clevr_dir = ""  # a folder of CLEVR_v1.0 to use its images, as the paper does
 
-    crops = CONDITIONS[depth] if variant == "m" else 0
+    crops = CROPS[depth] if variant == "m" else 0
     policy = POLICY_TOKENS[depth] + 6 * crops  # a crop of 2x2 visual tokens between its two marks
     longest = MAX_NEW_TOKENS[depth]
     del config["windows"]  # one number there, buckets here
