@@ -23,6 +23,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     for key in ("windows", "prompt_buckets", "row_buckets", "max_new_tokens"):
         del config[key]
         config[key] = "auto"
+    config.remat = "attention"  # a document's attention is recomputed, not kept: T x T of each head
     config.eval = ConfigDict({"examples": 200, "rows": 16})  # fewer than that: all there are
     for stage in config.stages:
         STAGES[stage](config[stage])
@@ -31,6 +32,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
 
 def set_vm_cpt(section: ConfigDict) -> None:
     section.batch = 2  # rows of a whole document: thousands of tokens each
+    section.micro_batches = 2  # one of them in memory at a time
     del section.epochs
     section.epochs = 2.0  # a part of an epoch is enough for a long document and many examples
 

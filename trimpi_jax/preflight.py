@@ -92,6 +92,7 @@ def run(config: Any) -> bool:
             raise ValueError(f"--stand_in_for {_STAND_IN.value}: there are {sorted(CHIPS)}")
         chip = CHIPS[_STAND_IN.value]
     model, source = find_model(_MODEL.value or config.model_dir or config.get("size", ""))
+    config = with_sizes(config, model, source)
     model = execution(model, config, platform)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     vocabulary = model.text.vocab_size
@@ -250,6 +251,31 @@ def size(count: float) -> str:
         if count >= scale:
             return f"{count / scale:.2f} {unit}"
     return f"{count:.0f} B"
+
+
+def with_sizes(config: Any, model: Any, source: str) -> Any:
+    """The config with its "auto" sizes chosen from the data, as the run itself will choose them.
+
+    Raises:
+        ValueError: the model's folder has no tokenizer to measure the data with.
+    """
+    from data_pipelines.build import DATASETS, make_settings
+    from trimpi_jax.models.processor import load_processor
+    from trimpi_jax.stages.auto_sizes import fill_auto_sizes, has_auto_sizes
+
+    splits: Any = {}
+    processor: Any = None
+    if has_auto_sizes(config):
+        if not (Path(source) / "tokenizer.json").is_file():
+            raise ValueError(
+                f"sizes are chosen from the data, but {source} has no tokenizer to measure it with;"
+                " write numbers, e.g. --config.row_buckets=320,4096, or name a model folder"
+            )
+        options = config.data.to_dict()
+        name = options.pop("dataset")
+        splits = DATASETS[name].make_splits(make_settings(name, options), lambda done, total: None)
+        processor = load_processor(Path(source), model)
+    return fill_auto_sizes(config, splits, processor)
 
 
 def padding(config: Any, model: Any, source: str, count: int) -> list[str]:

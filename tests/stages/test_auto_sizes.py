@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_pipelines.build import build, make_settings
+from data_pipelines.build import DATASETS, make_settings
 from tests.data_pipelines.own_policy.folders import example, write_folder
 from tests.end_to_end.conftest import ASSETS, load_config
 from trimpi_jax.models.hf_weights import load_hf
@@ -20,8 +20,10 @@ def processor():
 def shards(folder, **fields):
     lines = [example(i, **fields) for i in range(6)]
     source = write_folder(folder / "desk", lines=lines)
-    build("own", make_settings("own", {"source": str(source)}), folder / "data")
-    return folder / "data"
+    splits = DATASETS["own"].make_splits(
+        make_settings("own", {"source": str(source)}), lambda done, total: None
+    )
+    return {name: list(examples) for name, examples in splits.items()}
 
 
 def test_auto_sizes_hold_every_row(tmp_path, processor):
@@ -43,7 +45,7 @@ def test_written_sizes_are_kept(tmp_path, processor):
     filled = fill_auto_sizes(config, data, processor)
     assert (filled.row_buckets, filled.max_new_tokens) == ((200, 600), 48)
     config.windows, config.prompt_buckets = "9", "400"
-    filled = fill_auto_sizes(config, tmp_path / "nothing is read", processor)
+    filled = fill_auto_sizes(config, {"never": [None]}, processor)  # nothing is measured
     assert (filled.windows, filled.prompt_buckets) == ((9,), (400,))
     for key, text in (("row_buckets", "many"), ("max_new_tokens", "8,9"), ("windows", "0")):
         wrong = load_config(*CONFIG)

@@ -12,13 +12,12 @@ Next: trimpi_jax/stages/pipeline.py
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from data_pipelines.shards import read_manifest
-from data_pipelines.streaming import iter_split
+from data_pipelines.example import Example
 from trimpi_jax.inputs.batching import as_buckets, plan_buckets, round_up
 from trimpi_jax.inputs.sizes import ExampleSize, SizeReader
 from trimpi_jax.models.processor import Processor
@@ -28,10 +27,22 @@ KEYS = ("max_new_tokens", "prompt_buckets", "row_buckets", "windows")
 SLACK = 1.25  # a sampled completion may be longer than the longest gold one
 
 
-def fill_auto_sizes(config: ConfigDict, data: Path, processor: Processor) -> ConfigDict:
+def has_auto_sizes(config: ConfigDict) -> bool:
+    """Whether the sizes of a config depend on its data."""
+    return any(config.get(key) == AUTO for key in KEYS)
+
+
+def fill_auto_sizes(
+    config: ConfigDict, splits: Mapping[str, Iterable[Example]], processor: Processor
+) -> ConfigDict:
     """The config with every size a number, or itself when all of them are.
 
     A size in a config is a number, a tuple, a text like "320,4096", or "auto".
+
+    Args:
+        config: of the run.
+        splits: every split of its data; read only where something is "auto".
+        processor: of the model.
 
     Raises:
         ValueError: a text that is none of these, or a split that a stage needs is empty.
@@ -41,9 +52,10 @@ def fill_auto_sizes(config: ConfigDict, data: Path, processor: Processor) -> Con
         return config
     found = {key: _parse(key, text) for key, text in texts.items() if text != AUTO}
     if len(found) < len(texts):
-        splits = {name: _measure(data, name, processor) for name in read_manifest(data)["splits"]}
-        _check_splits(config, splits)
-        chosen = choose_sizes(config, splits, found.get("max_new_tokens"))
+        reader = SizeReader(processor)
+        sizes = {name: [reader.measure(one) for one in part] for name, part in splits.items()}
+        _check_splits(config, sizes)
+        chosen = choose_sizes(config, sizes, found.get("max_new_tokens"))
         found |= {key: chosen[key] for key in texts if key not in found}
     filled = config.copy_and_resolve_references()
     with filled.unlocked(), filled.ignore_type():  # a text becomes a number
@@ -86,11 +98,6 @@ def describe_sizes(config: ConfigDict) -> str:
         f" {tuple(config.row_buckets)}, {as_buckets(config.windows)} windows,"
         f" {config.max_new_tokens} new tokens"
     )
-
-
-def _measure(data: Path, split: str, processor: Processor) -> list[ExampleSize]:
-    reader = SizeReader(processor)
-    return [reader.measure(example) for example in iter_split(data, split)]
 
 
 def _check_splits(config: ConfigDict, splits: dict[str, list[ExampleSize]]) -> None:

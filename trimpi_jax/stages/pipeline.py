@@ -28,8 +28,14 @@ import jax
 from ml_collections import ConfigDict
 
 from data_pipelines.build import DATASETS, build, make_settings
-from data_pipelines.shards import check_dataset, split_count
-from data_pipelines.streaming import encode_state, make_stream, read_split, restore_state
+from data_pipelines.shards import check_dataset, read_manifest, split_count
+from data_pipelines.streaming import (
+    encode_state,
+    iter_split,
+    make_stream,
+    read_split,
+    restore_state,
+)
 from trimpi_jax.evaluators.efficiency import make_prefill, measure_prefill_ms
 from trimpi_jax.evaluators.questions import EvaluationSettings, Evaluator, summarize
 from trimpi_jax.grading.answers import RewardWeights
@@ -101,7 +107,10 @@ def run(config: ConfigDict, workdir: Path, progress: Progress | None = None) -> 
     base = model_folder(config.model_dir)
     claim_workdir(config, workdir)
     prepare_data(config, workdir / "data", progress)
-    filled = fill_auto_sizes(config, workdir / "data", processor)
+    splits = read_manifest(workdir / "data")["splits"]
+    filled = fill_auto_sizes(
+        config, {name: iter_split(workdir / "data", name) for name in splits}, processor
+    )
     if filled is not config:
         config = filled
         progress.say(f"sizes from the data: {describe_sizes(config)}")
