@@ -95,15 +95,17 @@ def encode_png(pixels: np.ndarray) -> bytes:
 def decode_image(encoded: bytes, where: str = "image") -> np.ndarray:
     """Encoded bytes as uint8 RGB [Y, X, 3]; transparency is dropped on white.
 
-    16-bit grey keeps its high byte; of an animation the first frame is taken; a photo is turned
-    as its EXIF orientation says. IMAGE_FORMATS are read.
+    A photo is turned as its EXIF orientation says. IMAGE_FORMATS are read, in 8-bit grey or RGB,
+    with or without transparency. What would have to be guessed is refused: which frame of an
+    animation, which inks CMYK means, which half of 16 bits, whether a palette is one of colours.
 
     Args:
         encoded: a PNG, JPEG, ... file's bytes.
         where: named in the error (example id and image number).
 
     Raises:
-        ValueError: not an image, truncated, or more than MAX_IMAGE_PIXELS pixels.
+        ValueError: not an image, truncated, more than MAX_IMAGE_PIXELS pixels, animated, or in
+            CMYK, palette or 16-bit colours.
     """
     try:
         with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
@@ -112,13 +114,13 @@ def decode_image(encoded: bytes, where: str = "image") -> np.ndarray:
                     f"{where}: {image.width}x{image.height} pixels are more than the limit of"
                     f" {MAX_IMAGE_PIXELS}; scale the file down"
                 )
+            if odd := _what_is_odd(image, encoded):
+                raise ValueError(f"{where}: {odd}; save it as an 8-bit RGB PNG or JPEG")
             image = ImageOps.exif_transpose(image)  # photos of a phone held upright
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            if image.mode in ("RGBA", "LA") or "transparency" in image.info:
                 rgba = image.convert("RGBA")
                 white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
                 image = Image.alpha_composite(white, rgba)
-            if image.mode.startswith("I;16"):  # convert("RGB") would clip all above 255 to white
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return np.asarray(image.convert("RGB"))
     except ValueError:
         raise
@@ -131,10 +133,29 @@ def decode_image(encoded: bytes, where: str = "image") -> np.ndarray:
             f"{where}: {len(encoded)} bytes that are no readable image of"
             f" {', '.join(IMAGE_FORMATS)}"
         ) from error
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, EOFError) as error:
         raise ValueError(
             f"{where}: {len(encoded)} bytes that are no readable image ({error})"
         ) from error
+
+
+def _what_is_odd(image: Image.Image, encoded: bytes) -> str:
+    """Why the pixels of a file are not plainly 8-bit RGB; "" when they are."""
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a phone's JPEG with a preview behind it is one
+        return f"an animation or a stack of {frames} pictures"
+    if image.mode in ("CMYK", "LAB", "HSV"):
+        return f"colours in {image.mode}, which mean nothing without their profile"
+    if image.mode in ("P", "PA"):
+        return "colours from a palette (every GIF has one)"
+    bits = 8
+    if image.format == "PNG":  # Pillow opens 16-bit RGB as RGB
+        bits = encoded[24]  # the depth of IHDR: 8 bytes of signature, 8 of chunk head, 8 of size
+    elif image.format == "TIFF":
+        bits = max(getattr(image, "tag_v2", {}).get(258, (1,)))  # BitsPerSample
+    if bits > 8 or image.mode.startswith(("I", "F")):
+        return "more than 8 bits a channel"
+    return ""
 
 
 def image_size(encoded: bytes) -> tuple[int, int]:

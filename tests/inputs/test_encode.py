@@ -177,3 +177,23 @@ def test_a_question_without_images_is_text_only(processor):
     assert row.images.patches.shape[0] == 0
     assert (row.visual_index == -1).all()
     assert row.positions.tolist() == [list(range(len(row.tokens)))] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "aware", "message"),
+    [
+        ({"images": (make_png(0, 2, 500),)}, False, "aspect ratio above 200"),
+        ({"query": "what is <|image_pad|>?"}, False, "2 image marks but 1 images"),
+        ({"images": ()}, False, ""),
+        ({"policy_text": f"A {IMAGE_MARK} policy"}, True, "2 image marks but 1 images"),
+        ({"policy_images": (make_png(),)}, True, "1 image marks but 2 images"),
+        ({"images": (b"GIF89a",)}, False, "no readable image"),
+    ],
+)
+def test_what_cannot_be_encoded_is_told_with_its_example(processor, changes, aware, message):
+    question = make_question(7, **changes)
+    if not message:  # a question without images is whole
+        encode_prompt(question, processor, policy_in_prompt=aware)
+        return
+    with pytest.raises(ValueError, match=f"example q7[:,].*{message}"):
+        encode_prompt(question, processor, policy_in_prompt=aware)

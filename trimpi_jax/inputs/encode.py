@@ -15,6 +15,8 @@ Next: trimpi_jax/inputs/batching.py
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -105,6 +107,22 @@ def chat_messages(example: Example, *, policy_in_prompt: bool) -> list[dict[str,
     return [{"role": "system", "content": system}, *messages]
 
 
+def _naming_the_example(encode: Callable[..., EncodedRow]) -> Callable[..., EncodedRow]:
+    """What cannot be encoded is told with the id of its Example."""
+
+    @functools.wraps(encode)
+    def encode_or_name(example: Example, *args: Any) -> EncodedRow:
+        try:
+            return encode(example, *args)
+        except ValueError as error:
+            if example.example_id in str(error):
+                raise
+            raise ValueError(f"example {example.example_id}: {error}") from error
+
+    return encode_or_name
+
+
+@_naming_the_example
 def _encode(
     example: Example,
     processor: Processor,

@@ -175,7 +175,7 @@ def save_hf(
       ValueError: LoRA leaves, an unknown dtype, or weights that do not fit the config.
     """
     _check_tree(config, params)
-    _write(directory, config, functools.partial(_to_disk, params), dtype, max_shard_bytes)
+    write_hf(directory, config, functools.partial(_to_disk, params), dtype, max_shard_bytes)
 
 
 def copy_hf(
@@ -199,17 +199,17 @@ def copy_hf(
         block = read_block(found[spec.name], spec, whole).reshape(spec.shape)
         return block.astype(STORED_DTYPES[dtype], copy=False)
 
-    _write(directory, config, value, dtype, max_shard_bytes)
+    write_hf(directory, config, value, dtype, max_shard_bytes)
 
 
-def _write(
+def write_hf(
     directory: str | Path,
     config: VLMConfig,
     value: Callable[[TensorSpec, str], np.ndarray],
     dtype: str,
     max_shard_bytes: int,
 ) -> None:
-    """config.json, shards and index; `value` makes a tensor when its turn comes."""
+    """config.json, shards and index; `value(spec, dtype)` makes a tensor when its turn comes."""
     if dtype not in STORED_DTYPES:
         raise ValueError(f"dtype must be one of {sorted(STORED_DTYPES)}, got {dtype!r}.")
     directory, specs = Path(directory), tensor_specs(config)

@@ -98,7 +98,12 @@ def write_aside(folder: Path, fill: Callable[[Path], None]) -> None:
     first = jax.process_index() == 0
     if first:
         shutil.rmtree(part, ignore_errors=True)
-    fill(part)
+    try:
+        fill(part)
+    except BaseException:
+        if first:
+            shutil.rmtree(part, ignore_errors=True)
+        raise
     if first:
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)
