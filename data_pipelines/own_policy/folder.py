@@ -3,6 +3,8 @@
     DIR/policy.md         the document; pictures by relative link: ![what it shows](pictures/a.png)
     DIR/examples.jsonl    a few hundred questions with their answers
     DIR/task.toml         the policy's name, the answer's form, wording, split
+    DIR/override/         optional: policy.md, changed under the same name, and examples.jsonl with
+                          what is right under it (paper section 5, policy override)
 
 Nothing is written here and nothing is run but the grading function that task.toml names, if the
 answer's form is `python`. A link may not leave the folder, whether by `..`, by an absolute path or
@@ -41,6 +43,7 @@ from data_pipelines.own_policy.task import (
 from data_pipelines.own_policy.user_function import call_user_function, file_sha256
 
 POLICY, EXAMPLES, TASK = "policy.md", "examples.jsonl", "task.toml"
+OVERRIDE = "override"
 MAX_IMAGE_BYTES = 100_000_000
 MAX_TEXT_BYTES = 1_000_000_000
 MAX_ASPECT = 200  # longer strips are refused by the model's image processor
@@ -60,13 +63,20 @@ class Entry(NamedTuple):
     form: dict[str, Any]  # for meta["answer_form"]
 
 
+class Policy(NamedTuple):
+    """A document: its text with a mark for each picture, and the pictures in that order."""
+
+    text: str
+    images: tuple[bytes, ...]
+
+
 class Folder(NamedTuple):
     """A folder without a problem."""
 
     task: Task
-    policy_text: str
-    policy_images: tuple[bytes, ...]
+    policy: Policy
     entries: list[Entry]
+    override: tuple[Policy, list[Entry]] | None
     sha256: str  # of everything that was read
 
 
@@ -87,34 +97,45 @@ def read_folder(source: str | Path) -> Folder:
     if not root.is_dir():
         raise ValueError(f"{source} is no folder; it should hold {POLICY}, {EXAMPLES} and {TASK}")
     problems: list[Problem] = []
-    texts = {name: _read_text(root, name, problems) for name in (POLICY, EXAMPLES, TASK)}
+    changed = [f"{OVERRIDE}/{name}" for name in (POLICY, EXAMPLES)]
+    names = [POLICY, EXAMPLES, TASK, *(changed if (root / OVERRIDE).exists() else [])]
+    texts = {name: _read_text(root, name, problems) for name in names}
     task = None
     if (task_text := texts[TASK]) is not None:
         task, found = read_task(task_text, TASK)
         problems += found
     pictures = _Pictures(root, task)
-    policy_text, policy_images = _read_policy(texts[POLICY] or "", pictures, problems)
+    policy = _read_policy(texts[POLICY] or "", POLICY, pictures, problems)
     if task is not None:
-        problems += [Problem(TASK, 0, text) for text in _task_problems(task, root, policy_text)]
-    entries = _read_examples(texts[EXAMPLES] or "", task, pictures, problems)
+        problems += [Problem(TASK, 0, text) for text in _task_problems(task, root, policy.text)]
+    entries = _read_examples(texts[EXAMPLES] or "", EXAMPLES, task, pictures, problems)
+    override = None
+    if len(names) > 3:
+        override = (
+            _read_policy(texts[changed[0]] or "", changed[0], pictures, problems),
+            _read_examples(texts[changed[1]] or "", changed[1], task, pictures, problems),
+        )
     if task is not None and not problems:
         problems += _split_problems(task, entries)
-        problems += _function_problems(task, root, entries)
+        problems += _function_problems(task, root, entries, EXAMPLES)
+        if override:
+            problems += _override_problems(task, policy, entries, *override)
+            problems += _function_problems(task, root, override[1], changed[1])
     if problems:
         raise ValueError(_listing(source, problems))
     assert task is not None
     digest = hashlib.sha256()
-    for name in (POLICY, EXAMPLES, TASK):
+    for name in names:
         digest.update((texts[name] or "").encode())
     if isinstance(task.answer, Python):
         digest.update((root / task.answer.file).read_bytes())
     for name, picture in sorted(pictures.found.items()):
         digest.update(f"{name}\0{picture.sha256}".encode())
-    return Folder(task, policy_text, policy_images, entries, digest.hexdigest())
+    return Folder(task, policy, entries, override, digest.hexdigest())
 
 
 def _listing(source: str | Path, problems: list[Problem]) -> str:
-    order = {POLICY: 0, TASK: 1, EXAMPLES: 2}
+    order = {POLICY: 0, TASK: 1, EXAMPLES: 2}  # then those of override/
     problems = sorted(set(problems), key=lambda item: (order.get(item.file, 3), *item))
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return f"{count} in {source}; nothing was written:\n  " + "\n  ".join(map(str, problems))
@@ -169,7 +190,10 @@ def _inside(root: Path, link: str) -> Path:
 
 
 class _Pictures:
-    """Reads each picture once; remembers what was wrong with a bad one."""
+    """Reads each picture once; remembers what was wrong with a bad one.
+
+    A link is relative to the file that it stands in, and may not leave the folder.
+    """
 
     def __init__(self, root: Path, task: Task | None):
         self.root = root
@@ -177,8 +201,10 @@ class _Pictures:
         self.found: dict[str, Picture] = {}
         self.bad: dict[str, str] = {}
 
-    def read(self, link: str) -> Picture | str:
-        """The picture, or what is wrong with it."""
+    def read(self, link: str, file: str) -> Picture | str:
+        """The picture that a link in a file names, or what is wrong with it."""
+        if file.startswith(f"{OVERRIDE}/") and not link.startswith("/"):
+            link = f"{OVERRIDE}/{link}"
         if link not in self.found and link not in self.bad:
             try:
                 self.found[link] = self._read(link)
@@ -219,15 +245,13 @@ def _encode_like(original: bytes, image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _read_policy(
-    text: str, pictures: _Pictures, problems: list[Problem]
-) -> tuple[str, tuple[bytes, ...]]:
-    """The document with a mark for each picture, and the pictures in the order of their marks."""
+def _read_policy(text: str, file: str, pictures: _Pictures, problems: list[Problem]) -> Policy:
+    """The document of a file."""
     lines = text.split("\n")
     if not text.strip():
-        problems.append(Problem(POLICY, 0, "the policy is empty"))
+        problems.append(Problem(file, 0, "the policy is empty"))
     for number, line in enumerate(lines, start=1):
-        problems += [Problem(POLICY, number, message) for message in check_text(line, "the policy")]
+        problems += [Problem(file, number, message) for message in check_text(line, "the policy")]
     tokens = MarkdownIt("commonmark").enable("table").parse(text)
     inline = [child for token in tokens for child in token.children or ()]
     links = [str(child.attrs["src"]) for child in inline if child.type == "image"]
@@ -249,22 +273,22 @@ def _read_policy(
             message = (
                 "write a picture as ![what it shows](folder/file.png), on one line, not in code"
             )
-            problems.append(Problem(POLICY, row + 1 if found else 0, message))
-            return "", ()
+            problems.append(Problem(file, row + 1 if found else 0, message))
+            return Policy("", ())
     problems += [
-        Problem(POLICY, token.map[0] + 1, "write <img> as ![what it shows](folder/file.png)")
+        Problem(file, token.map[0] + 1, "write <img> as ![what it shows](folder/file.png)")
         for token in tokens
         if token.map and "<img" in token.content.lower() and token.type in ("inline", "html_block")
     ]
     images: list[bytes] = []
     for row, link in places:
-        picture = _linked_picture(link, pictures)
+        picture = _linked_picture(link, file, pictures)
         if isinstance(picture, str):
-            problems.append(Problem(POLICY, row + 1, picture))
+            problems.append(Problem(file, row + 1, picture))
         else:
             images.append(picture.content)
         lines[row] = MARKDOWN_IMAGE.sub(IMAGE_MARK, lines[row])
-    return "\n".join(lines).strip(), tuple(images)
+    return Policy("\n".join(lines).strip(), tuple(images))
 
 
 def _pairs(places: list[tuple[int, str]], links: list[str]) -> list[tuple[tuple[int, str], str]]:
@@ -274,11 +298,11 @@ def _pairs(places: list[tuple[int, str]], links: list[str]) -> list[tuple[tuple[
     return list(zip(places, links + [""] * (longest - len(links)), strict=True))
 
 
-def _linked_picture(link: str, pictures: _Pictures) -> Picture | str:
+def _linked_picture(link: str, file: str, pictures: _Pictures) -> Picture | str:
     address = urlsplit(link)
     if address.scheme or address.netloc:
         return f"'{link}' is no file of the folder; download it and link it relatively"
-    return pictures.read(unquote(address.path))
+    return pictures.read(unquote(address.path), file)
 
 
 def _task_problems(task: Task, root: Path, policy: str) -> list[str]:
@@ -300,6 +324,7 @@ def _task_problems(task: Task, root: Path, policy: str) -> list[str]:
 
 def _read_examples(
     text: str,
+    file: str,
     task: Task | None,
     pictures: _Pictures,
     problems: list[Problem],
@@ -308,23 +333,25 @@ def _read_examples(
     first_line: dict[str, int] = {}
     rows = [(number, row) for number, row in enumerate(text.split("\n"), start=1) if row.strip()]
     if not rows:
-        problems.append(Problem(EXAMPLES, 0, "there is no example"))
+        problems.append(Problem(file, 0, "there is no example"))
     for number, row in rows:
-        line, found = read_line(row, EXAMPLES, number)
+        line, found = read_line(row, file, number)
         here: list[str] = []
         if line is not None:
             name = line.id or f"line-{number:06d}"
             if name in first_line:
                 here.append(f"the id '{name}' stands on line {first_line[name]} already")
             first_line.setdefault(name, number)
-            images = [pictures.read(link) for link in line.images]
+            images = [pictures.read(link, file) for link in line.images]
             here += [image for image in images if isinstance(image, str)]
+            if line.split and file != EXAMPLES:
+                here.append("split has no effect here: all of these examples are held out")
             answer, form, wrong = _read_answer(line, task)
             here += wrong + _text_problems(line, answer, task)
             if not here:
                 contents = tuple(image.content for image in images if isinstance(image, Picture))
                 entries.append(Entry(name, number, line, answer, contents, form))
-        problems += found + [Problem(EXAMPLES, number, message) for message in here]
+        problems += found + [Problem(file, number, message) for message in here]
     return entries
 
 
@@ -417,7 +444,34 @@ def _split_problems(task: Task, entries: list[Entry]) -> list[Problem]:
     ]
 
 
-def _function_problems(task: Task, root: Path, entries: list[Entry]) -> list[Problem]:
+def _override_problems(
+    task: Task, policy: Policy, entries: list[Entry], changed: Policy, held_out: list[Entry]
+) -> list[Problem]:
+    """The changed policy must be another one, and its pictures must not be trained on."""
+    problems = []
+    if changed == policy:
+        problems.append(Problem(f"{OVERRIDE}/{POLICY}", 0, f"the same as {POLICY}: change a rule"))
+    if task.split.allow_shared_images:
+        return problems
+    trained = {
+        image: entry.line_number
+        for entry in reversed(entries)
+        if entry.line.split == "train"
+        for image in entry.images
+    }
+    return problems + [
+        Problem(
+            f"{OVERRIDE}/{EXAMPLES}",
+            entry.line_number,
+            f"a picture of this example is also in the training example of line {trained[image]}",
+        )
+        for entry in held_out
+        for image in entry.images
+        if image in trained
+    ]
+
+
+def _function_problems(task: Task, root: Path, entries: list[Entry], file: str) -> list[Problem]:
     """The gold answers as the user's function grades them: it must call each of them right."""
     if not isinstance(task.answer, Python):
         return []
@@ -443,7 +497,7 @@ def _function_problems(task: Task, root: Path, entries: list[Entry]) -> list[Pro
         if verdict.error or verdict.score < 1.0:
             why = verdict.error or f"scores it {verdict.score:g}, not 1"
             message = f"{form.file} on the gold answer '{entry.answer}': {why}"
-            problems.append(Problem(EXAMPLES, entry.line_number, message))
+            problems.append(Problem(file, entry.line_number, message))
     return problems
 
 

@@ -3,8 +3,10 @@
     python -m examples.returns_desk.make --out runs/returns_desk
     python -m data_pipelines.build own --source runs/returns_desk --out runs/returns_desk_shards
 
-policy.md and task.toml are copied from here; the photos and examples.jsonl are drawn. Needs the
-`examples` extra (resvg). The same seed gives the same folder for a given version of resvg.
+policy.md and task.toml are copied from here; the photos and examples.jsonl are drawn. override/
+gets a policy of the same name with seven changed rules, and what is right under it for the last
+fifth of the cases, which thereby become the test examples. Needs the `examples` extra (resvg). The
+same seed gives the same folder for a given version of resvg.
 """
 
 from __future__ import annotations
@@ -31,7 +33,16 @@ from examples.returns_desk.draw import (
     draw_detail,
     draw_photo,
 )
-from examples.returns_desk.judge import DECISIONS, LIMIT_DAYS, Case, judge, reasoning
+from examples.returns_desk.judge import (
+    CHANGED_RULES,
+    DECISIONS,
+    MEMBERSHIPS,
+    RULES,
+    Case,
+    change_policy,
+    judge,
+    reasoning,
+)
 
 HERE = Path(__file__).parent
 QUERIES = (
@@ -70,7 +81,10 @@ def make_folder(folder: Path, *, count: int, cot: int, seed: int) -> Counter:
     for name in ("policy.md", "task.toml"):
         shutil.copyfile(HERE / name, folder / name)
     write_details(folder / "pictures")
-    lines = []
+    (folder / "override").mkdir()
+    changed = change_policy((HERE / "policy.md").read_text()).replace("](", "](../")
+    (folder / "override" / "policy.md").write_text(changed)
+    lines, held_out = [], []
     for number, case in enumerate(sample_cases(count, seed)):
         name = f"r{number:04d}"
         buffer = io.BytesIO()
@@ -88,9 +102,18 @@ def make_folder(folder: Path, *, count: int, cot: int, seed: int) -> Counter:
         # spread evenly over the cases, so that every decision has some
         if (number + 1) * cot // count > number * cot // count:
             line["cot"] = reasoning(case)
-        lines.append(json.dumps(line))
-    (folder / "examples.jsonl").write_text("\n".join(lines) + "\n")
-    return Counter(json.loads(line)["answer"] for line in lines)
+        lines.append(line)
+        if number >= count - count // 5:
+            image = {"images": [f"../{line['images'][0]}"]}
+            answer = {"answer": judge(case, CHANGED_RULES)[0]}
+            held_out.append({k: v for k, v in line.items() if k != "cot"} | image | answer)
+    _write_lines(folder / "examples.jsonl", lines)
+    _write_lines(folder / "override" / "examples.jsonl", held_out)
+    return Counter(line["answer"] for line in lines)
+
+
+def _write_lines(path: Path, lines: list[dict]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def sample_cases(count: int, seed: int) -> list[Case]:
@@ -107,8 +130,8 @@ def sample_cases(count: int, seed: int) -> list[Case]:
 
 def sample_case(rng: np.random.Generator) -> Case:
     """One case; three in four are in time."""
-    membership = str(rng.choice(list(LIMIT_DAYS)))
-    limit = LIMIT_DAYS[membership]
+    membership = str(rng.choice(MEMBERSHIPS))
+    limit = RULES.limit_days(membership)
     days = (
         rng.integers(limit + 1, limit + 40) if rng.random() < 0.25 else rng.integers(1, limit + 1)
     )

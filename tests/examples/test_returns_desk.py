@@ -12,7 +12,14 @@ resvg_py = pytest.importorskip("resvg_py", reason="needs the examples extra (res
 from data_pipelines.example import decode_image  # noqa: E402
 from data_pipelines.own_policy.dataset import OwnPolicySettings, make_splits  # noqa: E402
 from examples.returns_desk.draw import Item, draw_photo  # noqa: E402
-from examples.returns_desk.judge import DECISIONS, Case, judge, reasoning  # noqa: E402
+from examples.returns_desk.judge import (  # noqa: E402
+    CHANGED_RULES,
+    DECISIONS,
+    Case,
+    change_policy,
+    judge,
+    reasoning,
+)
 from examples.returns_desk.make import DETAILS, HERE, main, write_details  # noqa: E402
 
 
@@ -51,6 +58,32 @@ def test_the_judge_follows_the_document(rule):
     given, decision = RULES[rule]
     assert judge(given)[0] == decision
     assert judge(given)[1][-1].section == rule[0]
+
+
+CHANGED = {  # the sentences of the override, by hand
+    "day 15 is late": (case(days=15), "Reject"),
+    "gold until day 90": (case(days=90, membership="gold"), "Full refund"),
+    "scratch without box": (case(damage="scratch", box="none"), "Reject"),
+    "cracked kitchenware": (case("mug", "crack"), "Inspect"),
+    "cracked electronics": (case("lamp", "crack"), "Replace"),
+    "cracked wear": (case("sneaker", "crack"), "Replace"),
+    "no box": (case("mug", box="none"), "Store credit"),
+}
+
+
+@pytest.mark.parametrize("rule", CHANGED)
+def test_the_judge_follows_the_changed_document(rule):
+    given, decision = CHANGED[rule]
+    assert judge(given, CHANGED_RULES)[0] == decision != judge(given)[0]
+
+
+def test_every_changed_rule_changes_the_document():
+    policy = (HERE / "policy.md").read_text()
+    changed = change_policy(policy)
+    lines = sum(a != b for a, b in zip(policy.split("\n"), changed.split("\n"), strict=True))
+    assert lines == 9 and "14 days" in changed and "60 days" not in changed
+    with pytest.raises(ValueError, match="should have this once"):
+        change_policy(changed)
 
 
 def test_reasoning_by_hand():
@@ -103,6 +136,10 @@ def test_the_made_folder_is_a_good_own_policy(tmp_path, capsys):
     for example in splits["cot"]:
         assert example.cot.endswith(f"Decide {example.answer}.")
     assert len(splits["test"][0].policy_images) == 5
+    changed = splits["override"]
+    assert [e.example_id for e in changed] == [e.example_id for e in splits["test"]]
+    assert len(changed[0].policy_images) == 5 and "14 days" in changed[0].policy_text
+    assert any(a.answer != b.answer for a, b in zip(changed, splits["test"], strict=True))
     lines = [json.loads(line) for line in (folder / "examples.jsonl").read_text().splitlines()]
     assert sum("cot" in line for line in lines) == 20
     with pytest.raises(SystemExit, match="is not empty"):

@@ -1,6 +1,7 @@
 """From a good folder to Examples: wording, splits, the same bytes twice."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -57,6 +58,31 @@ def test_drawn_split_keeps_groups_and_pictures_together(tmp_path):
     assert {item.example_id for item in splits_of(folder)["test"]} != {
         item.example_id for item in splits["test"]
     }
+
+
+def test_override_is_held_out_with_its_own_policy(tmp_path):
+    folder = write_folder(tmp_path / "desk", count=10, lines=[example(i) for i in range(10)])
+    (folder / "override").mkdir()
+    (folder / "override" / "policy.md").write_text("# Desk\n\nSay No: ![x](../pictures/9.png)\n")
+    changed = [example(i, images=[f"../pictures/{i}.png"], answer="No") for i in (3, 5, 7)]
+    (folder / "override" / "examples.jsonl").write_text("\n".join(map(json.dumps, changed)))
+    splits = splits_of(folder)
+    assert {item.example_id for item in splits["test"]} == {"e3", "e5", "e7"}  # more than a fifth
+    assert len(splits["train"]) == 7
+    override = splits["override"]
+    assert [item.answer for item in override] == ["No"] * 3
+    assert override[0].policy_text == "# Desk\n\nSay No: <image>"
+    assert override[0].policy_images == (png(9),) and override[0].policy_name == "Desk"
+    assert override[0].images == (png(3),) and splits["test"][0].policy_images == (png(199),)
+    settings = make_settings("own", {"source": str(folder)})
+    manifest = build("own", settings, tmp_path / "out")
+    assert manifest["leakage"]["override"]["policies_changed"] == 1
+
+
+def test_examples_that_cannot_be_split(tmp_path):
+    folder = write_folder(tmp_path / "desk", lines=[example(i, group="all") for i in range(4)])
+    with pytest.raises(ValueError, match="cannot be split"):
+        splits_of(folder)
 
 
 def test_same_folder_same_bytes_and_another_recipe_after_a_change(tmp_path):

@@ -1,5 +1,6 @@
 """A folder's problems: all of them, each with its file and line, and nothing written."""
 
+import json
 import os
 import struct
 import zlib
@@ -22,8 +23,8 @@ def problems_of(folder):
 
 def test_a_good_folder(tmp_path):
     folder = read_folder(write_folder(tmp_path / "desk"))
-    assert folder.policy_text == "# Desk\n\nSay Yes if it looks like this:\n\n<image>"
-    assert folder.policy_images == (png(199),)
+    assert folder.policy.text == "# Desk\n\nSay Yes if it looks like this:\n\n<image>"
+    assert folder.policy.images == (png(199),)
     assert [entry.example_id for entry in folder.entries] == [f"e{i}" for i in range(6)]
     assert folder.entries[3].images == (png(3),) and folder.entries[3].answer == "Yes"
 
@@ -203,9 +204,9 @@ def test_pictures_in_tables_lists_and_titles_are_found_in_order(tmp_path):
         "- ![e](pictures/4%2Epng)\n\n```\n![code](pictures/none.png)\n```\n"
     )
     folder = read_folder(write_folder(tmp_path / "desk", policy=policy))
-    assert folder.policy_images == tuple(png(i) for i in range(5))
-    assert folder.policy_text.count("<image>") == 5
-    assert "![code](pictures/none.png)" in folder.policy_text
+    assert folder.policy.images == tuple(png(i) for i in range(5))
+    assert folder.policy.text.count("<image>") == 5
+    assert "![code](pictures/none.png)" in folder.policy.text
 
 
 def test_large_pictures_are_scaled_down_and_small_ones_kept(tmp_path):
@@ -230,6 +231,37 @@ def test_split_problems(tmp_path):
     assert "line 2" in found[0]
     found = problems_of(write_folder(tmp_path / "c", lines=lines[:3]))
     assert found == ['examples.jsonl: no example has "split": "test"']
+
+
+def test_problems_of_an_override(tmp_path):
+    lines = [example(i, split="test" if i > 3 else "train") for i in range(6)]
+    folder = write_folder(tmp_path / "desk", lines=lines)
+    (folder / "override").mkdir()
+    (folder / "override" / "policy.md").write_text(
+        "![a](../pictures/zzzzzzzz.png) ![b](../../x.png)"
+    )
+    wrong = [
+        example(4, images=["../pictures/4.png"], answer="Maybe"),
+        example(5, images=["pictures/5.png"], split="test"),
+    ]
+    (folder / "override" / "examples.jsonl").write_text("\n".join(map(json.dumps, wrong)))
+    assert problems_of(folder) == [
+        "override/examples.jsonl:1: 'Maybe' is none of the choices ['Yes', 'No']",
+        "override/examples.jsonl:2: 'override/pictures/5.png' is not there",
+        "override/examples.jsonl:2: split has no effect here: all of these examples are held out",
+        "override/policy.md:1: 'override/../../x.png' leaves the folder; copy the file into it and"
+        " link it relatively",
+        "override/policy.md:1: 'override/../pictures/zzzzzzzz.png' is not there",
+    ]
+    policy = (folder / "policy.md").read_text().replace("pictures/", "../pictures/")
+    (folder / "override" / "policy.md").write_text(policy)
+    trained = example(1, images=["../pictures/1.png"])
+    (folder / "override" / "examples.jsonl").write_text(json.dumps(trained))
+    assert problems_of(folder) == [
+        "override/examples.jsonl:1: a picture of this example is also in the training example of"
+        " line 2",
+        "override/policy.md: the same as policy.md: change a rule",
+    ]
 
 
 def test_profile_that_no_template_uses(tmp_path):
