@@ -41,6 +41,7 @@ class Batch:
     patch_hw: Array  # int32 [B, W, P, 2], patch coordinates (row, column) inside the image
     patch_segment: Array  # int32 [B, W, P], 0 = empty slot, i = i-th image of the row (from 1)
     valid: Array  # bool [B], True = a real row, False = padding of the batch
+    segments: Array = None  # int32 [B, T], 0 = padding, i = i-th example of a packed row; or absent
 
 
 @flax.struct.dataclass

@@ -29,6 +29,20 @@ def test_causal_with_shared_heads(length):
     np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("length", [6, 130])
+def test_causal_inside_segments(length):
+    rng = np.random.default_rng(length)
+    q, k, v = arrays(rng, (2, length, 4, 4), (2, length, 2, 4), (2, length, 2, 4))
+    segment = np.sort(rng.integers(1, 4, (2, length)), axis=1)
+    segment[1, -2:] = 0  # padding
+    out = np.asarray(causal_attention(*map(jnp.asarray, (q, k, v)), jnp.asarray(segment)))
+    assert np.isfinite(out).all()
+    for b, t, n in np.ndindex(q.shape[:3]):
+        seen = np.flatnonzero(segment[b, : t + 1] == segment[b, t])
+        expected = one_query(q[b, t, n], k[b, seen, n // 2], v[b, seen, n // 2])
+        np.testing.assert_allclose(out[b, t, n], expected, atol=2e-6)
+
+
 def test_segments():
     rng = np.random.default_rng(0)
     q, k, v = arrays(rng, *[(1, 7, 2, 4)] * 3)

@@ -118,6 +118,7 @@ def make_batch(
     """A Batch [num_rows, num_tokens] with `num_windows` vision windows a row.
 
     Missing rows are padding with `valid` False and length 1 (so that no attention row is empty).
+    The batch has `segments` when one of the rows is packed.
 
     Raises:
         ValueError: more rows, tokens or windows than the shape holds.
@@ -129,6 +130,7 @@ def make_batch(
             f"{len(rows)} rows of up to {tokens} tokens and {windows} windows do not fit a batch of"
             f" {num_rows} rows, {num_tokens} tokens, {num_windows} windows"
         )
+    packed = any(row.segments is not None for row in rows)
     slots, patch_bytes = rows[0].images.patches.shape[1:] if rows else (0, 0)
     batch = Batch(
         tokens=np.zeros((num_rows, num_tokens), np.int32),
@@ -141,6 +143,7 @@ def make_batch(
         patch_hw=np.zeros((num_rows, num_windows, slots, 2), np.int32),
         patch_segment=np.zeros((num_rows, num_windows, slots), np.int32),
         valid=np.zeros((num_rows,), bool),
+        segments=np.zeros((num_rows, num_tokens), np.int32) if packed else None,
     )
     for i, row in enumerate(rows):
         length, count = len(row.tokens), len(row.images.patches)
@@ -154,6 +157,8 @@ def make_batch(
         batch.patch_hw[i, :count] = row.images.patch_hw
         batch.patch_segment[i, :count] = row.images.patch_segment
         batch.valid[i] = True
+        if packed:
+            batch.segments[i, :length] = 1 if row.segments is None else row.segments
     return batch
 
 

@@ -42,6 +42,7 @@ class EncodedRow(NamedTuple):
     rope_delta: int
     visual_index: np.ndarray  # int32 [T]
     images: PackedImages
+    segments: np.ndarray | None = None  # int32 [T] from 1, in a row packed of several
 
 
 def encode_prompt(example: Example, processor: Processor, *, policy_in_prompt: bool) -> EncodedRow:

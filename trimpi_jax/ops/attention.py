@@ -19,7 +19,9 @@ MIN_CAUSAL_BLOCK = 64  # queries; smaller matrices cost more to start than they 
 MAX_CAUSAL_BLOCKS = 8  # unrolled in the compiled program; saves 7/16 of the dense work
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def causal_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array | None = None
+) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v over keys s <= t; key/value heads are shared by N / K queries.
 
     Right padding needs no mask of its own: a real query never looks to the right. Queries go in up
@@ -31,6 +33,7 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     Args:
       q: [B, T, N, H].
       k, v: [B, T, K, H].
+      segment: int [B, T] of rows packed of several; a query sees its own segment only.
 
     Returns:
       [B, T, N, H] in the dtype of q.
@@ -41,7 +44,10 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     for start in range(0, t, block):
         end = min(start + block, t)
         visible = np.arange(end)[None, :] <= np.arange(start, end)[:, None]
-        pieces.append(_attend(q[:, start:end], k[:, :end], v[:, :end], visible[None]))
+        visible = visible[None]
+        if segment is not None:
+            visible = visible & (segment[:, start:end, None] == segment[:, None, :end])
+        pieces.append(_attend(q[:, start:end], k[:, :end], v[:, :end], visible))
     return jnp.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0]
 
 
