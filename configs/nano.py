@@ -31,6 +31,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.max_new_tokens = 112
     config.save_every = 25
     config.log_every = 10
+    config.data_workers = 0  # processes that decode and encode ahead of the step; 0 = a thread
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
 
     config.data_dir = ""  # a dataset built with just these settings, e.g. by make_cot; "" = build
@@ -89,6 +90,8 @@ def make_vm_cpt() -> ConfigDict:
     section.epochs = 5  # paper
     section.batch = 8
     section.trainable = "all"  # paper: no LoRA
+    section.pack_tokens = 0  # tokens of a row that several examples share; 0 = a row is one example
+    section.pack_windows = 0  # vision windows of such a row
     return section
 
 
@@ -99,6 +102,8 @@ def make_direct_sft() -> ConfigDict:
     section.trainable = "lora"
     section.lora_rank = 8  # paper
     section.lora_alpha = 16
+    section.pack_tokens = 0
+    section.pack_windows = 0
     return section
 
 

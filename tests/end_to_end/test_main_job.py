@@ -81,8 +81,8 @@ def test_stopped_run_continues_to_the_same_result(unbroken, tiny_config, tmp_pat
     """SIGTERM in the middle of RL, then the same command again: bitwise the same model."""
     make_source = pipeline.open_source
 
-    def source_that_stops(this, split, batch, stage):
-        source = make_source(this, split, batch, stage)
+    def source_that_stops(this, split, batch, stage, *each):
+        source = make_source(this, split, batch, stage, *each)
 
         def fetch(step):
             if stage == "rl" and step == 1:

@@ -52,6 +52,20 @@ def test_splash_keeps_segments_apart():
     assert_close(with_gradients(ours)(*inputs), with_gradients(reference)(*inputs))
 
 
+def test_splash_looks_back_inside_packed_rows_only():
+    inputs = arrays(3, (2, 140, 4, 16), (2, 140, 2, 16), (2, 140, 2, 16))
+    segment = np.sort(np.random.default_rng(1).integers(1, 4, (2, 140)), axis=1)
+    segment = jnp.asarray(segment, jnp.int32)
+    out = kernels.flash_causal(*inputs, "splash_interpret", segment)
+    np.testing.assert_allclose(out, causal_attention(*inputs, segment), atol=2e-5)
+
+
+def test_cudnn_refuses_packed_rows():
+    inputs = arrays(3, (1, 4, 2, 8), (1, 4, 2, 8), (1, 4, 2, 8))
+    with pytest.raises(ValueError, match="set pack_tokens and pack_windows to 0"):
+        kernels.flash_causal(*inputs, "cudnn", jnp.ones((1, 4), jnp.int32))
+
+
 @pytest.mark.parametrize("rows", [4, 3])  # 3 rows do not divide: every device takes all of them
 def test_splash_on_eight_devices(rows):
     inputs = arrays(2, (rows, 40, 4, 8), (rows, 40, 2, 8), (rows, 40, 2, 8))

@@ -9,6 +9,7 @@ Next: trimpi_jax/objectives/cross_entropy.py
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from trimpi_jax.inputs.encode import EncodedRow
+from trimpi_jax.inputs.sequence_packing import pack_rows, row_counts
 from trimpi_jax.types import Batch
 
 
@@ -110,6 +112,70 @@ def round_up(size: int) -> int:
         return max(size, 1)
     step = 8 if size <= 512 else 64
     return -(-size // step) * step
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchShapes:
+    """Which shapes the batches of a training stage may have.
+
+    With `pack_tokens` several examples share a row of that length, and the batch has fewer rows;
+    without (0) a row is one example, and its length is the smallest bucket for the longest.
+    """
+
+    rows: int  # examples a batch
+    token_buckets: tuple[int, ...]
+    window_buckets: tuple[int, ...]
+    pack_tokens: int = 0
+    pack_windows: int = 0  # vision windows of a packed row
+    row_multiple: int = 1  # rows divide by it: devices times micro-batches
+
+    def __post_init__(self):
+        if not self.pack_tokens:
+            if self.pack_windows:
+                raise ValueError("pack_windows has no effect without pack_tokens; set both or none")
+            return
+        tokens, windows = max(self.token_buckets), max(self.window_buckets)
+        if self.pack_tokens < tokens or self.pack_windows < windows:
+            raise ValueError(
+                f"packed rows of {self.pack_tokens} tokens and {self.pack_windows} windows cannot"
+                f" hold every row: pack_tokens must be at least {tokens} (the largest of"
+                f" row_buckets) and pack_windows at least {windows}"
+            )
+
+    def every(self) -> list[tuple[int, int, int]]:
+        """All shapes (rows, tokens, windows) that `fill_batch` can make, smallest first."""
+        if self.pack_tokens:
+            counts = row_counts(self.rows, self.row_multiple)
+            return [(count, self.pack_tokens, self.pack_windows) for count in counts]
+        return [
+            (self.rows, tokens, windows)
+            for tokens in sorted(self.token_buckets)
+            for windows in sorted(self.window_buckets)
+        ]
+
+
+def fill_batch(rows: Sequence[EncodedRow], shapes: BatchShapes) -> Batch:
+    """A Batch of all rows in the smallest of the shapes that holds them.
+
+    Raises:
+        ValueError: none does.
+    """
+    if shapes.pack_tokens:
+        rows = pack_rows(rows, shapes.pack_tokens, shapes.pack_windows)
+        return make_batch(
+            rows,
+            num_rows=choose_bucket(len(rows), row_counts(shapes.rows, shapes.row_multiple)),
+            num_tokens=shapes.pack_tokens,
+            num_windows=shapes.pack_windows,
+        )
+    return make_batch(
+        rows,
+        num_rows=shapes.rows,
+        num_tokens=choose_bucket(max(len(row.tokens) for row in rows), shapes.token_buckets),
+        num_windows=choose_bucket(
+            max(len(row.images.patches) for row in rows), shapes.window_buckets
+        ),
+    )
 
 
 def make_batch(

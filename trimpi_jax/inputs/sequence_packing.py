@@ -24,43 +24,42 @@ from trimpi_jax.models.packing import PackedImages
 PATCHES_PER_TOKEN = 4  # of the merged visual stream: types.Batch, M = W * P / 4
 
 
-def pack_rows(rows: Sequence[EncodedRow], max_tokens: int) -> list[EncodedRow]:
-    """Rows of at most `max_tokens` tokens that hold all the given ones.
+def pack_rows(rows: Sequence[EncodedRow], max_tokens: int, max_windows: int) -> list[EncodedRow]:
+    """Rows that hold all given ones, of at most `max_tokens` tokens and `max_windows` windows.
 
     Longest first, each into the first packed row with room; equal lengths keep their order.
 
     Raises:
-        ValueError: a row is longer than `max_tokens`.
+        ValueError: a row is larger than a packed row.
     """
-    longest = max((len(row.tokens) for row in rows), default=0)
-    if longest > max_tokens:
-        raise ValueError(f"a row of {longest} tokens does not fit packed rows of {max_tokens}")
     bins: list[list[EncodedRow]] = []
-    room: list[int] = []
+    room: list[tuple[int, int]] = []  # tokens, windows
     for row in sorted(rows, key=lambda row: -len(row.tokens)):
-        size = len(row.tokens)
-        place = next((i for i, free in enumerate(room) if free >= size), len(bins))
+        tokens, windows = len(row.tokens), len(row.images.patches)
+        if tokens > max_tokens or windows > max_windows:
+            raise ValueError(
+                f"a row of {tokens} tokens and {windows} windows does not fit packed rows of"
+                f" {max_tokens} tokens and {max_windows} windows"
+            )
+        places = (i for i, (t, w) in enumerate(room) if t >= tokens and w >= windows)
+        place = next(places, len(bins))
         if place == len(bins):
             bins.append([])
-            room.append(max_tokens)
+            room.append((max_tokens, max_windows))
         bins[place].append(row)
-        room[place] -= size
+        room[place] = (room[place][0] - tokens, room[place][1] - windows)
     return [_join(parts) for parts in bins]
 
 
-def choose_row_count(needed: int, most: int, multiple: int) -> int:
-    """`most`, halved as often as it still holds `needed` rows and divides by `multiple`.
+def row_counts(most: int, multiple: int) -> tuple[int, ...]:
+    """How many packed rows a batch may have: `most`, halved while it divides by `multiple`.
 
     Few counts mean few compiled programs.
-
-    Raises:
-        ValueError: `needed` is more than `most`.
     """
-    if needed > most:
-        raise ValueError(f"{needed} packed rows do not fit a batch of {most}")
-    while most % 2 == 0 and most // 2 >= needed and (most // 2) % multiple == 0:
-        most //= 2
-    return most
+    counts = [most]
+    while counts[0] % 2 == 0 and (counts[0] // 2) % multiple == 0:
+        counts.insert(0, counts[0] // 2)
+    return tuple(counts)
 
 
 def _join(parts: Sequence[EncodedRow]) -> EncodedRow:

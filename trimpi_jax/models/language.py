@@ -110,15 +110,22 @@ class LanguageLayer(nn.Module):
         return constrain(x + self.down(y), "batch")
 
 
-def causal_kernel(attention: str) -> Attend:
-    """`causal_attention`, or the kernel of that name on every device's part of q, k and v."""
+def causal_kernel(attention: str, segments: jax.Array | None = None) -> Attend:
+    """`causal_attention`, or the kernel of that name on every device's part of q, k and v.
+
+    `segments` int32 [B, T]: rows packed of several, each token sees its own segment only.
+    """
     if attention == "xla":
-        return causal_attention
+        return functools.partial(causal_attention, segment=segments)
     rows, shared = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
+    marks = [] if segments is None else [segments]
+
+    def kernel(q: jax.Array, k: jax.Array, v: jax.Array, *marks: jax.Array) -> jax.Array:
+        return flash_causal(q, k, v, attention, *marks)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        kernel = functools.partial(flash_causal, implementation=attention)
-        return on_shards(kernel, (q, k, v), (rows, shared, shared))
+        axes = (rows, shared, shared, *[("batch", None)] * len(marks))
+        return on_shards(kernel, (q, k, v, *marks), axes)
 
     return attend
 

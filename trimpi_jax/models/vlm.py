@@ -103,6 +103,7 @@ def hidden_states(
     visual: jax.Array,
     visual_index: jax.Array,
     *,
+    segments: jax.Array | None = None,
     dtype: Any = jnp.float32,
     remat: str = "none",
 ) -> jax.Array:
@@ -116,6 +117,7 @@ def hidden_states(
       lengths: int32 [B]; padding comes back as zeros.
       visual: [B, M, D] from `encode_images`.
       visual_index: int32 [B, T], slot in `visual`, -1 = a text token.
+      segments: int32 [B, T] of packed rows, see `Batch`; None = a row is one example.
       dtype: of the activations.
       remat: what the backward pass keeps, see `layers.REMAT`.
 
@@ -130,7 +132,7 @@ def hidden_states(
         positions,
         layer_loop=config.layer_loop,
         remat=remat,
-        attend=causal_kernel(config.attention),
+        attend=causal_kernel(config.attention, segments),
     )
     real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
     return jnp.where(real[..., None], hidden, jnp.zeros((), hidden.dtype))

@@ -73,11 +73,26 @@ def choose_implementation(name: str, platform: str, dtype: str, head_width: int)
     return wanted
 
 
-def flash_causal(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str) -> jax.Array:
-    """`attention.causal_attention` by a kernel: q [B, T, N, H], k and v [B, T, K, H]."""
+def flash_causal(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    implementation: str,
+    segment: jax.Array | None = None,
+) -> jax.Array:
+    """`attention.causal_attention` by a kernel: q [B, T, N, H], k and v [B, T, K, H].
+
+    Raises:
+      ValueError: segments for the cuDNN kernel, which knows none.
+    """
+    if implementation == "cudnn" and segment is not None:
+        raise ValueError(
+            "attention 'cudnn' cannot attend inside the segments of packed rows: set pack_tokens"
+            " and pack_windows to 0, or --config.attention=xla"
+        )
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-    return _splash(q, k, v, None, causal=True, interpret=implementation == "splash_interpret")
+    return _splash(q, k, v, segment, causal=True, interpret=implementation == "splash_interpret")
 
 
 def flash_segments(

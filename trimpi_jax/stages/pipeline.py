@@ -16,11 +16,13 @@ Next: trimpi_jax/stages/vm_cpt.py
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ import jax
 from ml_collections import ConfigDict
 
 from data_pipelines.build import DATASETS, build, make_settings
+from data_pipelines.example import Example
 from data_pipelines.shards import check_dataset, read_manifest, split_count
 from data_pipelines.streaming import (
     encode_state,
@@ -39,7 +42,14 @@ from data_pipelines.streaming import (
 from trimpi_jax.evaluators.efficiency import make_prefill, measure_prefill_ms
 from trimpi_jax.evaluators.questions import EvaluationSettings, Evaluator, summarize
 from trimpi_jax.grading.answers import RewardWeights
-from trimpi_jax.inputs.batching import as_buckets, choose_bucket, drop_too_long, make_batch
+from trimpi_jax.inputs.batching import (
+    BatchShapes,
+    as_buckets,
+    drop_too_long,
+    fill_batch,
+    padding_waste,
+)
+from trimpi_jax.inputs.encode import EncodedRow
 from trimpi_jax.io.progress import Progress
 from trimpi_jax.io.report import result_table, write_report
 from trimpi_jax.models.config import VLMConfig
@@ -255,35 +265,25 @@ def run_supervised(this: Run, params: Any, stage: str, folder: Path) -> Any:
     optimizer = make_optimizer(optimizer_settings(settings, steps))
     state = init_train_state(params, optimizer, trainable)
     step = make_supervised_step(model, optimizer, step_settings(this.config, stage))
-    buckets = tuple(this.config.row_buckets)
-    window_buckets = as_buckets(this.config.windows)
+    shapes = training_shapes(this.config, stage, this.mesh)
+    longest = max(shapes.token_buckets)
 
-    def encode(example):
-        if stage == "vm_cpt":
-            return encode_vm_cpt_row(example, this.processor)
-        return encode_sft_row(example, this.processor, stage=stage)
-
-    def take_step(state: TrainState, number: int, examples):
-        fitted = drop_too_long(
-            [encode(example) for example in examples], max(buckets), max(window_buckets)
-        )
+    def take_step(state: TrainState, number: int, rows):
+        fitted = drop_too_long(rows, longest, max(shapes.window_buckets))
         if not fitted.rows:
             raise ValueError(
-                f"{stage} step {number}: no row fits {max(buckets)} tokens (longest"
+                f"{stage} step {number}: no row fits {longest} tokens (longest"
                 f" {fitted.longest}); add a larger bucket to --config.row_buckets"
             )
-        longest = max(len(row.tokens) for row in fitted.rows)
-        windows = max(len(row.images.patches) for row in fitted.rows)
-        batch = make_batch(
-            fitted.rows,
-            num_rows=settings.batch,
-            num_tokens=choose_bucket(longest, buckets),
-            num_windows=choose_bucket(windows, window_buckets),
-        )
+        batch = fill_batch(fitted.rows, shapes)
         state, metrics = step(state, place_batch(batch, this.mesh))
-        return state, metrics | {"inputs/dropped_too_long": fitted.too_long}
+        return state, metrics | {
+            "inputs/dropped_too_long": fitted.too_long,
+            "inputs/padding_share": padding_waste(batch),
+        }
 
-    source = open_source(this, split, settings.batch, stage)
+    encode = functools.partial(encode_training_row, processor=this.processor, stage=stage)
+    source = open_source(this, split, settings.batch, stage, encode)
     state = loop.run(
         loop_settings(this, stage, folder, steps), state, source, take_step, this.progress
     )
@@ -385,10 +385,48 @@ def loop_settings(this: Run, stage: str, folder: Path, steps: int) -> loop.LoopS
     )
 
 
-def open_source(this: Run, split: str, batch: int, stage: str) -> loop.Source:
-    """The Grain stream of a stage; its seed is the run's and the stage's."""
+def encode_training_row(example: Example, *, processor: Processor, stage: str) -> EncodedRow:
+    """The row of an Example in a supervised stage."""
+    if stage == "vm_cpt":
+        return encode_vm_cpt_row(example, processor)
+    return encode_sft_row(example, processor, stage=stage)
+
+
+def training_shapes(config: ConfigDict, stage: str, mesh: jax.sharding.Mesh) -> BatchShapes:
+    """The shapes that the batches of a supervised stage may have."""
+    settings = config[stage]
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    return BatchShapes(
+        settings.batch,
+        tuple(config.row_buckets),
+        as_buckets(config.windows),
+        settings.pack_tokens,
+        settings.pack_windows,
+        devices * settings.micro_batches,
+    )
+
+
+def open_source(
+    this: Run,
+    split: str,
+    batch: int,
+    stage: str,
+    each: Callable[[Example], Any] | None = None,
+) -> loop.Source:
+    """The Grain stream of a stage; its seed is the run's and the stage's.
+
+    Examples (or what `each` makes of them) are read ahead of the step by `config.data_workers`
+    processes, 0 = a thread.
+    """
     seed = this.config.seed * 1000 + sum(stage.encode())
-    stream = make_stream(this.workdir / "data", split, batch_examples=batch, seed=seed)
+    stream = make_stream(
+        this.workdir / "data",
+        split,
+        batch_examples=batch,
+        seed=seed,
+        workers=this.config.data_workers,
+        each=each,
+    )
     return loop.Source(
         fetch=lambda step: next(stream),
         save_place=lambda: encode_state(stream),

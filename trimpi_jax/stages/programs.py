@@ -32,6 +32,7 @@ from trimpi_jax.stages.pipeline import (
     optimizer_settings,
     rl_settings,
     step_settings,
+    training_shapes,
     with_lora_scale,
 )
 from trimpi_jax.stages.rl import make_scorer, make_update
@@ -77,7 +78,9 @@ def place_weights(tree: Tree, model: VLMConfig, mesh: Mesh, *, adapters: bool = 
     return _with_shardings(tree, state_shardings(tree, axes, mesh))
 
 
-def batch_shapes(model: VLMConfig, mesh: Mesh, rows: int, tokens: int, windows: int) -> Batch:
+def batch_shapes(
+    model: VLMConfig, mesh: Mesh, rows: int, tokens: int, windows: int, *, packed: bool = False
+) -> Batch:
     """A `types.Batch` of one bucket."""
     vision = model.vision
     slots, pixels = vision.window_patches, vision.channels * vision.patch_size**2
@@ -97,6 +100,7 @@ def batch_shapes(model: VLMConfig, mesh: Mesh, rows: int, tokens: int, windows: 
             patch_hw=leaf(jnp.int32, windows, slots, 2),
             patch_segment=leaf(jnp.int32, windows, slots),
             valid=leaf(jnp.bool_),
+            segments=leaf(jnp.int32, tokens) if packed else None,
         ),
         mesh,
     )
@@ -132,14 +136,18 @@ def _supervised_programs(config, model, mesh, stage, params) -> Programs:
     start = functools.partial(init_train_state, optimizer=optimizer, trainable=settings.trainable)
     state = place_weights(jax.eval_shape(start, params), model, mesh, adapters=adapters)
     step = make_supervised_step(model, optimizer, step_settings(config, stage))
-    for bucket in config.row_buckets:
-        batch = batch_shapes(model, mesh, settings.batch, bucket, max(as_buckets(config.windows)))
+    shapes = training_shapes(config, stage, mesh)
+    packed = bool(shapes.pack_tokens)
+    for rows, tokens, windows in shapes.every():
+        if not packed and windows < max(shapes.window_buckets):
+            continue
+        batch = batch_shapes(model, mesh, rows, tokens, windows, packed=packed)
         yield Program(
-            name=f"{stage}/step {bucket}",
+            name=f"{stage}/step {f'{rows} x {tokens}' if packed else tokens}",
             function=step,
             arguments=(state, batch),
             held=_state_parts(state) | {"batch": batch},
-            tokens=settings.batch * bucket,
+            tokens=rows * tokens,
             weight_reads=_training_reads(config, settings),
         )
 

@@ -63,6 +63,7 @@ def row_logprobs(
         jnp.asarray(batch.lengths),
         visual,
         jnp.asarray(batch.visual_index),
+        segments=None if batch.segments is None else jnp.asarray(batch.segments),
         dtype=settings.dtype,
         remat=settings.remat,
     )
