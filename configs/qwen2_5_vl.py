@@ -114,6 +114,9 @@ def set_gta(config: ConfigDict, task: str) -> None:
     data.gta_dir = ""
     data.train, data.test = 451, 106  # paper
     data.seed = 0
+    data.text_encoder = "all-MiniLM-L6-v2-int8"  # ours: not stated; or a Hugging Face folder
+    data.text_layer = 0  # the last; bert_score takes 17 for roberta-large
+    data.text_baseline = 0.0
     config.max_pixels = 512 * 28 * 28  # ours: at most 512 visual tokens an image
     set_auto_sizes(config)
     config.eval = ConfigDict({"examples": 106, "rows": 64})
