@@ -110,6 +110,7 @@ def _check_splits(config: ConfigDict, splits: dict[str, list[ExampleSize]]) -> N
 
 
 def _parse(key: str, text: str) -> Any:
+    numbers: tuple[int, ...]
     try:
         numbers = tuple(sorted(int(part) for part in text.split(",")))
     except ValueError:
