@@ -115,7 +115,7 @@ def _parse(key: str, text: str) -> Any:
         numbers = tuple(sorted(int(part) for part in text.split(",")))
     except ValueError:
         numbers = ()
-    if not numbers or numbers[0] < 1 or (key == "max_new_tokens" and len(numbers) > 1):
+    if min(numbers, default=0) < 1 or (key == "max_new_tokens" and len(numbers) > 1):
         form = "a number" if key == "max_new_tokens" else "numbers like 320,4096"
         raise ValueError(f"config.{key} is '{text}'; write {AUTO}, or {form}")
     return numbers[0] if key == "max_new_tokens" else numbers
