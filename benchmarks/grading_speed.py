@@ -58,7 +58,7 @@ def main() -> None:
             grades = grade_completions(texts, chosen, [True] * len(texts))
             seconds.append(time.perf_counter() - started)
             cpu.append(time.process_time() - started_cpu)
-        compared = sum(bool(g.details["text_encoder"]) for g in grades)
+        compared = sum("text_encoder" in g.details for g in grades)
         print(
             f"{name}: {len(texts)} calls, {compared} with a text; seconds a step:"
             f" {' '.join(f'{s:.2f}' for s in seconds)}, median {statistics.median(seconds):.2f},"

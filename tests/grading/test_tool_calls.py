@@ -18,7 +18,6 @@ from trimpi_jax.grading.tool_calls import (
     expression_score,
     parse_bbox,
     score_calls,
-    summarize_tool_calls,
 )
 
 FORM = answer_form(DEFAULT_ENCODER)
@@ -200,16 +199,28 @@ def test_completions_are_graded_through_the_one_door():
         "<think>so</think> OCR",
     ]
     right, unthought, none = grades = grade_completions(texts, [example] * 3, [True] * 3)
-    assert (right.accuracy, right.format, right.details["call"]) == (1.0, 1.0, "ok")
+    assert (right.accuracy, right.format) == (1.0, 1.0)
+    assert right.details == {
+        "tool": 1.0,
+        "arguments": 1.0,
+        "exact": 1.0,
+        "fields": {"image": 1.0},
+    }
     assert (unthought.accuracy, unthought.format, unthought.reason) == (0.5, 0.0, "no_think")
-    assert (none.accuracy, none.details["call"]) == (0.0, "no_box")
-    summary = summarize_tool_calls(grades, [FORM] * 3)
-    assert summary["overall"] == 0.5
-    assert summary["tool_accuracy"] == pytest.approx(1 / 3)
-    assert summary["by_kind"] == {"exact": pytest.approx(2 / 3)}
-    assert summary["reasons"] == {"ok": 2, "no_box": 1, "no_json": 0, "no_call": 0}
-    json.dumps(summary)
+    assert (none.accuracy, none.details["problem"]) == (0.0, "no_box")
     json.dumps([grade.details for grade in grades])
+
+
+def test_details_have_the_means_by_kind_of_field():
+    arguments = {"image": "a.jpg", "text": "Sold", "position": "mt", "color": "blue"}
+    gold = call_json("AddText", arguments)
+    said = call_json("AddText", arguments | {"position": "lb", "color": "blue"})
+    example = Example("e", (), "q", gold, meta={"answer_form": FORM})
+    (grade,) = grade_completions([f"\\boxed{{{said}}}"], [example], [True], needs_think=False)
+    assert grade.details["exact"] == pytest.approx(2 / 3)  # image and color, not position
+    assert grade.details["text"] == 1.0
+    assert grade.details["arguments"] == 0.75
+    assert grade.details["text_encoder"].startswith("BERTScore F1, all-MiniLM-L6-v2-int8")
 
 
 @given(st.text(max_size=80), st.text(max_size=40))

@@ -124,7 +124,7 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     `score` is the mean accuracy: more than the share of right answers where a grader gives parts of
     a point (tool calls, functions). `details` are the means of the graders' numbers, `problems`
-    counts why answers could not be graded.
+    counts why answers could not be graded, `text_encoders` are what compared texts.
     """
     correct = sum(record["accuracy"] == 1.0 for record in records)
     well_formed = sum(record["format"] == "ok" for record in records)
@@ -142,6 +142,7 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 record["details"]["problem"] for record in records if "problem" in record["details"]
             )
         ),
+        "text_encoders": sorted({r["details"].get("text_encoder", "") for r in records} - {""}),
         "format_rate": well_formed / max(len(records), 1),
         "prompt_tokens": sum(r["prompt_tokens"] for r in records) / max(len(records), 1),
         "format_failures": dict(

@@ -70,47 +70,34 @@ def grade_tool_calls(
     stopped: Sequence[bool],
     needs_think: bool,
 ) -> list[Grade]:
-    """Grades of completions whose boxed answer is a tool call; `details` has the sub-scores."""
+    """Grades of completions whose boxed answer is a tool call.
+
+    `details` has the sub-scores: `tool`, `arguments`, the mean over the fields of each kind
+    (`exact`, `text`, `expression`, `bbox`; those that occur), every field in `fields`, the encoder
+    that compared texts, and in `problem` why no call could be read.
+    """
     said = [boxes[-1][1] if (boxes := find_boxes(text)) else None for text in texts]
     forms = [example.meta.get("answer_form", {}) for example in examples]
     scores = score_calls(said, [example.answer for example in examples], forms)
     grades = []
-    for text, answer, ended, score in zip(texts, said, stopped, scores, strict=True):
+    for text, answer, ended, form, score in zip(texts, said, stopped, forms, scores, strict=True):
         reason = format_reason(text, stopped=bool(ended), needs_think=needs_think)
-        details = {
+        by_kind: dict[str, list[float]] = {}
+        for name, value in score.fields.items():
+            by_kind.setdefault(form.get("fields", {}).get(name, "exact"), []).append(value)
+        details: dict[str, Any] = {
             "tool": score.tool,
             "arguments": score.arguments,
+            **{kind: _mean(values) for kind, values in sorted(by_kind.items())},
             "fields": score.fields,
-            "call": score.reason,
-            "text_encoder": score.text_encoder,
         }
+        if score.text_encoder:
+            details["text_encoder"] = score.text_encoder
+        if score.reason != "ok":
+            details["problem"] = score.reason
         parsed = None if answer is None else answer.strip()
         grades.append(Grade(score.overall, float(reason == "ok"), parsed, reason, details))
     return grades
-
-
-def summarize_tool_calls(grades: Sequence[Grade], forms: Sequence[Mapping[str, Any]]) -> dict:
-    """Means over calls, and over the fields of each kind: the rows of the paper's GTA table.
-
-    Args:
-        grades: of `grade_tool_calls`.
-        forms: the answer form of each.
-    """
-    by_kind: dict[str, list[float]] = {}
-    reasons = dict.fromkeys(CALL_REASONS, 0)
-    for grade, form in zip(grades, forms, strict=True):
-        reasons[grade.details["call"]] += 1
-        for name, score in grade.details["fields"].items():
-            by_kind.setdefault(form.get("fields", {}).get(name, "exact"), []).append(score)
-    return {
-        "count": len(grades),
-        "tool_accuracy": _mean([grade.details["tool"] for grade in grades]),
-        "argument_score": _mean([grade.details["arguments"] for grade in grades]),
-        "overall": _mean([grade.accuracy for grade in grades]),
-        "by_kind": {kind: _mean(scores) for kind, scores in sorted(by_kind.items())},
-        "reasons": reasons,
-        "text_encoders": sorted({grade.details["text_encoder"] for grade in grades} - {""}),
-    }
 
 
 def score_calls(
