@@ -45,6 +45,9 @@ _STAND_IN = flags.DEFINE_string(
     "a chip that cannot be compiled for here, e.g. H100: bytes from the topology's compiler,"
     " compared with this chip's memory and peaks; an approximation, and said so",
 )
+_COMPILE = flags.DEFINE_bool(
+    "compile", True, "--nocompile adds up only what the stages keep: exact, and at once"
+)
 _CHIPS = flags.DEFINE_integer("chips", 0, "use only so many chips of the topology; 0 = all")
 
 
@@ -116,7 +119,9 @@ def run(config: Any) -> bool:
             if _ONLY.value and not re.search(_ONLY.value, program.name):
                 outputs = None
                 continue
-            one, outputs = estimate(program, model, mesh, config.dtype)
+            one, outputs = estimate(
+                program, model, mesh, config.dtype, memory=memory, compiles=_COMPILE.value
+            )
             found.append(one)
             progress.say(line(one, memory))
     progress.say("bytes per chip")
@@ -138,6 +143,8 @@ def run(config: Any) -> bool:
         Path(_JSON.value).write_text(json.dumps(record, indent=1))
     if not found:
         raise ValueError(f"--only '{_ONLY.value}' matches no program of this run")
+    if not _COMPILE.value:
+        progress.say("nothing was compiled: temporaries are not counted")
     verdict = f"{len(too_large)} of {len(found)} programs do not fit" if too_large else "all fit"
     progress.say(f"{len(found)} programs, {sum(one.compile_s for one in found):.0f} s: {verdict}")
     return not too_large
@@ -242,7 +249,7 @@ def explain(one: Any, memory: float) -> str:
     """What is large in a program that does not fit."""
     largest = ", ".join(f"{what} {size(count)}" for what, count in one.contributors[:5])
     text = f"{one.program} needs {size(one.total_bytes)} of {size(memory)} a chip: {largest}"
-    return f"{text}\n  the compiler's largest: {one.refused}" if one.refused else text
+    return f"{text}\n  {one.refused}" if one.refused else text
 
 
 def size(count: float) -> str:

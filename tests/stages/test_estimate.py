@@ -105,7 +105,7 @@ def test_a_refusal_is_read():
     )
     largest, temporaries = read_refusal(message, argument_bytes=2**30)
     assert temporaries == int(30.5 * 2**30)
-    assert largest == "12.00G jit(step)/dot_general; 512.00M bf16[5,6]{1,0}"
+    assert largest == "the compiler's largest: 12.00G jit(step)/dot_general; 512.00M bf16[5,6]{1,0}"
 
 
 def test_the_floor_is_the_slower_of_work_and_memory():
@@ -129,6 +129,8 @@ def test_a_program_is_what_the_compiler_says_and_what_the_stage_holds(config):
         programs = {p.name: p for p in run_programs(config, model, mesh, model.text.vocab_size)}
         score = programs["rl/score 196"]
         found, outputs = estimate(score, model, mesh, "float32")
+        small, _ = estimate(score, model, mesh, "float32", memory=5e5)
+        kept, _ = estimate(score, model, mesh, "float32", compiles=False)
     assert outputs.shape == (8 * 16, 195)
     assert outputs.sharding.shard_shape(outputs.shape) == (16, 195)  # rows stay where they were
     weights = bytes_per_chip(place_weights(vlm.param_shapes(model), model, mesh))
@@ -139,6 +141,9 @@ def test_a_program_is_what_the_compiler_says_and_what_the_stage_holds(config):
     text = model.text
     matrices = decode_parameters(model) - text.width * text.vocab_size
     assert found.flops > 2 * matrices * 8 * 16 * 196 / 8
+    assert small.compile_s == 0 and "keeps more than a chip has" in small.refused
+    assert kept.total_bytes == small.total_bytes
+    assert kept.argument_bytes == pytest.approx(found.argument_bytes, rel=0.05)
     assert dict(found.contributors)["reference"] == pytest.approx(weights, rel=0.01)
 
 

@@ -86,8 +86,23 @@ def chip_of(device: Any) -> Chip | None:
     return exact or next((chip for name, chip in CHIPS.items() if name in kind), None)
 
 
-def estimate(program: Program, model: VLMConfig, mesh: Mesh, dtype: str) -> tuple[Estimate, Any]:
-    """(what the program needs, the shapes of its outputs); compiles, runs nothing."""
+def estimate(
+    program: Program,
+    model: VLMConfig,
+    mesh: Mesh,
+    dtype: str,
+    *,
+    memory: float = math.inf,
+    compiles: bool = True,
+) -> tuple[Estimate, Any]:
+    """(what the program needs, the shapes of its outputs); compiles, runs nothing.
+
+    Args:
+      program: from `run_programs`.
+      model, mesh, dtype: of the run.
+      memory: bytes of a chip; where what the stage keeps is already more, nothing is compiled.
+      compiles: False = only what the stage keeps, exact and at once; temporaries count as 0.
+    """
     started = time.perf_counter()
     traced = program.function.trace(*program.arguments)
     flops = count_flops(traced.jaxpr.jaxpr, program.loop_steps) / mesh.size
@@ -97,6 +112,20 @@ def estimate(program: Program, model: VLMConfig, mesh: Mesh, dtype: str) -> tupl
     taken = bytes_per_chip(program.arguments)
     numbers = {"argument": taken, "output": 0, "temp": 0}
     refused = ""
+    if not compiles or alive > memory:
+        found = Estimate(
+            program=program.name,
+            argument_bytes=taken,
+            output_bytes=0,
+            temporary_bytes=0,
+            beside_bytes=max(alive - taken, 0),
+            flops=flops,
+            moved_bytes=moved_bytes(program, model, mesh, dtype),
+            compile_s=0.0,
+            contributors=sorted(held.items(), key=lambda pair: -pair[1]),
+            refused="not compiled: the stage keeps more than a chip has" if alive > memory else "",
+        )
+        return found, outputs
     try:
         compiled = traced.lower().compile()
     except Exception as error:  # jax's error class has moved between versions
@@ -181,7 +210,7 @@ def read_refusal(message: str, argument_bytes: int) -> tuple[str, int]:
     )
     largest = [f"{size} {operator or shape}" for size, operator, shape in sizes[:5]]
     temporaries = 0 if math.isnan(total) else max(int(total) - argument_bytes, 0)
-    return "; ".join(largest) or message[:300], temporaries
+    return "the compiler's largest: " + ("; ".join(largest) or message[:300]), temporaries
 
 
 def count_flops(jaxpr: Any, loop_steps: int) -> float:
