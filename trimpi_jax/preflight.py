@@ -161,7 +161,7 @@ def find_devices(topology: str, chips: int) -> tuple[list[Any], str]:
 
     if topology:
         try:
-            import libtpu  # noqa: F401 - what compiles for a TPU
+            import libtpu  # noqa: F401  # pyright: ignore - what compiles for a TPU
         except ImportError:
             raise ValueError(
                 "--topology needs libtpu, the compiler for TPUs, which runs on any x86 Linux host:"
@@ -222,7 +222,7 @@ def line(one: Any, memory: float) -> str:
 def table(found: list[Any], chip: Any, memory: float) -> list[str]:
     """All programs side by side, as lines of plain text."""
     head = "program|arguments|results|temporary|beside|total|of chip|TFLOP|floor|compile"
-    rows = [head.split("|")]
+    rows: list[list[str]] = [list(head.split("|"))]
     for one in found:
         sizes = (one.argument_bytes, one.output_bytes, one.temporary_bytes, one.beside_bytes)
         rows.append(

@@ -169,6 +169,12 @@ def _raise_all(problems: dict[str, None]) -> None:
         raise ValueError("Weights cannot be laid out on the mesh: " + "; ".join(problems) + ".")
 
 
+def batch_degree() -> int:
+    """Devices that the rows of a batch lie over, by the mesh in context; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in BATCH_AXES)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over "data" and "fsdp"; every leaf of a Batch leads with B, so it fits all of them."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

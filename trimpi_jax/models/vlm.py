@@ -31,7 +31,7 @@ from trimpi_jax.models.language import (
 from trimpi_jax.models.layers import Params, is_box, unstack
 from trimpi_jax.models.vision import declare_vision, encode_patches
 from trimpi_jax.ops.logprobs import chunked_logprobs
-from trimpi_jax.sharding import constrain
+from trimpi_jax.sharding import batch_degree, constrain
 from trimpi_jax.types import Batch
 
 
@@ -179,12 +179,13 @@ def token_logprobs(
       config: the model.
       hidden: [..., D].
       targets: int32 [...].
-      chunk: tokens whose logits exist at a time; `chunk * V * 4` bytes.
+      chunk: tokens a device whose logits exist at a time; `chunk * V * 4` bytes.
       needed: bool [...], where the numbers are wanted; elsewhere they are 0. None = everywhere.
 
     Returns:
       (logprobs float32 [...], entropy float32 [...]).
     """
+    chunk *= batch_degree()
     return chunked_logprobs(lambda h: logits(params, config, h), hidden, targets, chunk, needed)
 
 

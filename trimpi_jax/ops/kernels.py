@@ -14,6 +14,7 @@ Next: trimpi_jax/ops/logprobs.py
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -127,6 +128,7 @@ def _splash(q, k, v, segment, *, causal: bool, interpret: bool):
         interpret=interpret,
     )
     q, k, v = (a.transpose(0, 2, 1, 3) for a in (q * h**-0.5, k, v))  # [B T N H] -> [B N T H]
+    out: Any
     if segment is None:
         out = jax.vmap(kernel)(q, k, v)
     else:

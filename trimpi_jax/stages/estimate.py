@@ -133,10 +133,10 @@ def estimate(
             raise
         refused, numbers["temp"] = read_refusal(str(error), taken)
     else:
-        memory = compiled.memory_analysis()
-        numbers["argument"] = memory.argument_size_in_bytes
-        numbers["output"] = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        numbers["temp"] = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+        allotted: Any = compiled.memory_analysis()
+        numbers["argument"] = allotted.argument_size_in_bytes
+        numbers["output"] = allotted.output_size_in_bytes - allotted.alias_size_in_bytes
+        numbers["temp"] = allotted.temp_size_in_bytes + allotted.generated_code_size_in_bytes
         outputs = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), outputs),

@@ -39,7 +39,7 @@ class StepSettings:
     dtype: str = "float32"
     micro_batches: int = 1
     remat: str = "none"  # one of models.layers.REMAT
-    logprob_chunk: int = 8192  # tokens whose logits exist at a time
+    logprob_chunk: int = 2048  # tokens a device whose logits exist at a time: 1.2 GB at V = 152k
 
     def __post_init__(self):
         if self.remat not in REMAT:

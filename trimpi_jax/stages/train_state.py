@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
 
 from trimpi_jax.models.lora import is_lora_leaf
+from trimpi_jax.sharding import batch_degree
 
 Params = dict[str, Any]
 Flat = dict[tuple[str, ...], jax.Array]
@@ -161,7 +162,7 @@ def init_train_state(
 def _init_moments(optimizer: optax.GradientTransformation, trained: Flat) -> Any:
     """`optimizer.init`, each moment born on the devices of its weight and in its stored dtype."""
     tree = _as_tree(trained)
-    meshes = {path: getattr(leaf, "sharding", None) for path, leaf in trained.items()}
+    meshes: dict[Any, Any] = {p: getattr(leaf, "sharding", None) for p, leaf in trained.items()}
     if not all(isinstance(place, NamedSharding) for place in meshes.values()):
         return optimizer.init(tree)  # shapes only, or one device without a mesh
 
@@ -228,8 +229,7 @@ def split_micro_batches(batch: Any, count: int) -> Any:
     rows = jax.tree.leaves(batch)[0].shape[0]
     if rows % count:
         raise ValueError(f"{rows} rows do not split into {count} micro-batches")
-    mesh = jax.sharding.get_abstract_mesh()
-    degree = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+    degree = batch_degree()
     if count > 1 and rows // count % degree:
         raise ValueError(
             f"{rows} rows in {count} micro-batches are {rows // count} rows at a time, not a"
