@@ -288,14 +288,15 @@ def make_example(document: PolicyDocument, scene: Scene, png: bytes, *, with_cot
     )
 
 
-@functools.lru_cache(maxsize=8)
 def documents_of(settings: ClevrPolicySettings, split: str) -> tuple[PolicyDocument, ...]:
     """The policies that a split asks about, in order."""
-    if split == "override":
-        return tuple(_make_documents(settings, make_overrides(settings), OVERRIDES))
-    if split == "deeper":
-        return tuple(_make_documents(settings, make_deeper(settings), DEEPER))
-    return tuple(_make_documents(settings, make_policies(settings), POLICIES))
+    return _documents(settings, {"override": OVERRIDES, "deeper": DEEPER}.get(split, POLICIES))
+
+
+@functools.lru_cache(maxsize=6)
+def _documents(settings: ClevrPolicySettings, purpose: int) -> tuple[PolicyDocument, ...]:
+    make = {POLICIES: make_policies, OVERRIDES: make_overrides, DEEPER: make_deeper}[purpose]
+    return tuple(_make_documents(settings, make(settings), purpose))
 
 
 def make_policies(settings: ClevrPolicySettings) -> list[PolicyTree]:
@@ -313,7 +314,7 @@ def make_overrides(settings: ClevrPolicySettings) -> list[PolicyTree]:
     """For each policy a fresh, balanced, held-out tree under its name that asks other questions."""
     scenes = _balance_scenes(settings)
     overrides = []
-    for i, policy in enumerate(make_policies(settings)):
+    for i, policy in enumerate(d.tree for d in documents_of(settings, "train")):
         rng = np.random.default_rng([settings.seed, OVERRIDES, i])
         tree = _held_out_tree(rng, policy.name, policy.depth, scenes)
         while tree.root == policy.root:
@@ -440,6 +441,7 @@ def _wishes(settings: ClevrPolicySettings) -> Mapping[str, tuple[SceneWish, ...]
     return wishes
 
 
+@functools.lru_cache(maxsize=2)
 def _balance_scenes(settings: ClevrPolicySettings) -> list[Scene]:
     """Scenes like those of the training set, on which trees are balanced."""
     like = dataclasses.replace(_wishes(settings)["train"][0], purpose="balance")
