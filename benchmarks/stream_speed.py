@@ -9,7 +9,9 @@ Builds a ClevrPolicy set of the nano config's pictures in a scratch folder, then
     + tokens   the whole training row (chat template, tokenizer, positions)
     step       the nano model's CoT-SFT step (gradients of LoRA, batch 8), the consumer
 
-with `--workers` processes reading ahead (0 = a thread). Medians of windows of 8 batches.
+with `--workers` processes reading ahead (0 = a thread). `examples/s` is wall time, the median of
+windows of 8 batches; `cpu` is `time.process_time` an example, all threads of this process together,
+which stays honest on a machine that others use too (workers are other processes: no figure).
 Next: benchmarks/renderer_speed.py
 """
 
@@ -42,20 +44,20 @@ def pixels_of(example: Any, *, processor: Any) -> Any:
     return pack_images(images, processor.vision)
 
 
-def rate(batches: Iterator[Any], count: int) -> float:
-    """Examples a second, median over windows after the first batch."""
+def rate(batches: Iterator[Any], count: int) -> tuple[float, float]:
+    """(examples a second, median over windows; CPU ms an example), after the first batch."""
     next(batches)
-    rates = []
+    rates, cpu = [], time.process_time()
     for _ in range(count):
         start = time.perf_counter()
         for _ in itertools.repeat(None, WINDOW):
             next(batches)
         rates.append(WINDOW * BATCH / (time.perf_counter() - start))
-    return statistics.median(rates)
+    return statistics.median(rates), 1e3 * (time.process_time() - cpu) / (count * WINDOW * BATCH)
 
 
-def step_rate(rows: list[Any], count: int) -> float:
-    """Examples a second of the nano model's CoT-SFT step on this machine's default device."""
+def step_rate(rows: list[Any], count: int) -> tuple[float, float]:
+    """`rate` of the nano model's CoT-SFT step on this machine's default device."""
     import jax
 
     from configs import nano
@@ -81,14 +83,14 @@ def step_rate(rows: list[Any], count: int) -> float:
     state = init_train_state(params, optimizer, "lora")
     step = make_supervised_step(model, optimizer, step_settings(config, "cot_sft"))
     batch = fill_batch(rows[:BATCH], training_shapes(config, "cot_sft", make_mesh(1, 1, 1)))
-    rates = []
-    for number in range(count + 1):
-        start = time.perf_counter()
-        for _ in itertools.repeat(None, 1 if number == 0 else WINDOW):
+
+    def losses() -> Iterator[Any]:
+        nonlocal state
+        while True:
             state, metrics = step(state, batch)
-        jax.block_until_ready(metrics)
-        rates.append(WINDOW * BATCH / (time.perf_counter() - start))
-    return statistics.median(rates[1:])
+            yield jax.block_until_ready(metrics)
+
+    return rate(losses(), count)
 
 
 def main() -> None:
@@ -118,20 +120,20 @@ def main() -> None:
         )  # fmt: skip
         build("clevr_policy", settings, data)
         rows = [row(example) for example in read_split(data, "cot", BATCH)]
-        consumed = step_rate(rows, given.windows)
-        print(f"{'nano CoT-SFT step takes':42} {consumed:9.0f} examples/s", flush=True)
+        taken, step_cpu = step_rate(rows, given.windows)
+        print(f"{'nano CoT-SFT step takes':36} {taken:7.0f} examples/s, {step_cpu:7.2f} ms cpu")
         for workers in given.workers:
             for name, each in (("decode", None), ("+ pixels", pixels), ("+ tokens", row)):
                 stream = make_stream(
                     data, "cot", batch_examples=BATCH, seed=0, workers=workers, each=each
                 )
-                found = rate(stream, given.windows)
+                found, cpu = rate(stream, given.windows)
                 stream.close()
-                print(
-                    f"stream, {workers} workers, {name:22} {found:9.0f} examples/s"
-                    f"  {found / consumed:6.1f} x the step",
-                    flush=True,
-                )
+                line = f"stream, {workers} workers, {name:16} {found:7.0f} examples/s"
+                line += f" = {found / taken:.1f} x the step"
+                if not workers:
+                    line += f", {cpu:7.2f} ms cpu = 1/{step_cpu / cpu:.0f} of the step's"
+                print(line, flush=True)
 
 
 if __name__ == "__main__":
