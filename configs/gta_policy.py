@@ -5,7 +5,7 @@
         --config.data.source=official --config.data.gta_dir=/path/to/gta_dataset
 
 The task is the real one; the model is not up to it: two million parameters that never saw a tool
-call learn the form of a call and the commonest versions. Use this file to try the task out, and
+call, on images of 112x112 pixels. Use this file to try the task out, and
 configs/qwen2_5_vl.py:task=gta to train on it. The method is chosen as in configs/nano.py
 (`configs/gta_policy.py:method=cot_sft`). See docs/data_gta_policy.md.
 """

@@ -275,13 +275,11 @@ def book(rng: np.random.Generator, name: Name) -> Draft:
     until = int(rng.integers(1950, 2026))
     cover = _draw_book(rng, title, author)
     results = (
-        f"{title} - a novel by {author}, first published in {year}.",
+        f"{title} - a book by {author}, first published in {year}.",
         f"{author} - works: {title} ({year}).",
         f"{title} ({year}) - summary and analysis.",
         f"First editions of {title}, {year}.",
     )
-    if title == "Walden":
-        results = (results[0].replace("a novel", "a book"), *results[1:])
     return Draft(
         (finish(cover),),
         f"How many years before {until} was this book first published?",
