@@ -20,6 +20,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 from hypothesis import settings  # noqa: E402 - after the flags, like the imports above
 
-# the same examples in every run: a failure that nobody can repeat helps nobody
-settings.register_profile("repeatable", derandomize=True)
+# the same examples in every run, however slow the machine: a failure that nobody can repeat helps
+# nobody
+settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
