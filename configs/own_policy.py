@@ -40,7 +40,8 @@ def set_vm_cpt(section: ConfigDict) -> None:
 def set_sft(section: ConfigDict) -> None:
     section.epochs = 10  # a few hundred examples, as GTA's 451 in the paper
     # The nano base has never seen most words of your document: its embeddings must learn them, and
-    # LoRA leaves those as they are. For a large base model: trainable=lora, learning_rate=1e-4 (paper).
+    # LoRA leaves those as they are. For a large base model: trainable=lora,
+    # learning_rate=1e-4 (paper).
     section.trainable = "all"
     section.learning_rate = 5e-4
 
