@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import load_file
 
 from data_pipelines.streaming import read_split
 from trimpi_jax.io.progress import Progress
@@ -65,6 +66,28 @@ def test_every_stage_trains_what_it_should(unbroken, tiny_base):
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), after_cpt, after_sft)
     assert max(jax.tree.leaves(moved["vision"])) == 0  # LoRA on the language model only
     assert max(jax.tree.leaves(moved["language"])) > 0
+
+
+def test_a_lora_stage_leaves_its_adapter(unbroken):
+    """The model before, and scale x B A of the adapter, are the model after."""
+    workdir, _ = unbroken
+    before, after = (
+        load_file(workdir / stage / "model" / "model.safetensors") for stage in STAGES[1:3]
+    )
+    folder = workdir / "2_cot_sft" / "adapter"
+    adapter = load_file(folder / "adapter_model.safetensors")
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    assert fields["base_model_name_or_path"] == str(workdir / "1_vm_cpt" / "model")
+    assert not (workdir / "1_vm_cpt" / "adapter").exists()
+    scale, largest = fields["lora_alpha"] / fields["r"], 0.0
+    for name in after:
+        module = "base_model.model." + name.replace("model.", "model.language_model.", 1)
+        a = adapter.get(module.replace(".weight", ".lora_A.weight"))
+        b = adapter.get(module.replace(".weight", ".lora_B.weight"))
+        update = np.zeros(1) if a is None or b is None else scale * (b @ a)
+        np.testing.assert_allclose(after[name], before[name] + update, atol=1e-6, err_msg=name)
+        largest = max(largest, np.abs(update).max())
+    assert len(adapter) == 2 * 7 * 2 and largest > 1e-5
 
 
 def test_second_start_skips_finished_stages(unbroken, tiny_config):
