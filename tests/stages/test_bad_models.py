@@ -81,7 +81,8 @@ def test_nothing_is_written_for_a_model_that_cannot_be_used(model, tmp_path, dam
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"), [BAD_MODELS[0], BAD_MODELS[1], BAD_MODELS[2], BAD_MODELS[5]]
+    ("damage", "message"),
+    [BAD_MODELS[0], BAD_MODELS[1], BAD_MODELS[2], BAD_MODELS[5], BAD_MODELS[9]],
 )
 def test_nothing_is_exported_from_it_either(model, tmp_path, damage, message):
     damage(model)

@@ -22,6 +22,7 @@ from trimpi_jax.models.processor import (
     size_limits,
 )
 
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5, transformers 4
 
 
@@ -50,6 +51,10 @@ def complete_folder(
         _write_json(folder / "config.json", with_dtype(fields, dtype))
     if not (folder / "generation_config.json").is_file():
         _write_json(folder / "generation_config.json", generation_fields(config))
+    if not any((folder / name).is_file() for name in TEMPLATE_FILES):
+        template = json.loads((folder / "tokenizer_config.json").read_text()).get("chat_template")
+        if isinstance(template, str):  # transformers' processors look for it in a file of its own
+            (folder / TEMPLATE_FILES[0]).write_text(template)
     if processor is not None:
         _write_image_sizes(folder, processor)
 

@@ -149,6 +149,7 @@ def _export_folder(source, out, adapter, dtype, max_shard_bytes) -> str:
         raise ValueError(f"{source} is a whole model; --adapter needs a LoRA stage of a run.")
     model = read_config(source)
     dtype = dtype or stored_dtype(source)
+    load_processor(source, model)  # a folder without a tokenizer that fits could not be served
 
     def fill(part: Path) -> None:
         copy_hf(source, part, model, dtype, max_shard_bytes)
