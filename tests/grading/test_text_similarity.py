@@ -1,5 +1,6 @@
 """BERTScore: the formula by hand, the reference implementation's numbers, bad encoders."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -88,13 +89,20 @@ def test_the_memory_is_bounded(monkeypatch):
     encoder = make_compass()
     for n in range(1, 30):
         bert_scores([(" ".join(["north"] * n), "east")], encoder)
-    assert sum(map(len, encoder._vectors.values())) <= 20
+    assert sum(len(vectors.unit) for vectors in encoder._vectors.values()) <= 20
     assert len(encoder._scores) <= 4
 
 
 def test_a_very_long_text_is_cut_not_refused():
     (score,) = bert_scores([("north " * 1_000_000, "north")], make_compass())
     assert score == pytest.approx(1.0)
+
+
+def test_a_tokenizer_without_marks_loses_no_word():
+    tokenizer = Tokenizer(models.WordLevel(WORDS, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    encoder = dataclasses.replace(make_compass(), tokenizer=tokenizer)
+    assert bert_scores([("north", "north east")], encoder) == pytest.approx([2 / 3])
 
 
 def test_the_packaged_encoder_agrees_with_the_reference():
@@ -126,7 +134,7 @@ def write_folder(folder, model_type="bert"):
 
     shapes = {
         "embeddings.word_embeddings.weight": (len(WORDS), width),
-        "embeddings.position_embeddings.weight": (300, width),
+        "embeddings.position_embeddings.weight": (100, width),
         "embeddings.token_type_embeddings.weight": (2, width),
     } | linear("embeddings.LayerNorm", width, 0)
     for i in range(2):
@@ -146,7 +154,7 @@ def write_folder(folder, model_type="bert"):
     config = {
         "model_type": model_type, "architectures": ["BertModel"], "hidden_size": width,
         "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": mlp,
-        "vocab_size": len(WORDS), "max_position_embeddings": 300, "type_vocab_size": 2,
+        "vocab_size": len(WORDS), "max_position_embeddings": 100, "type_vocab_size": 2,
         "hidden_act": "gelu", "layer_norm_eps": 1e-12, "pad_token_id": 0,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
@@ -175,6 +183,8 @@ def test_a_folder_says_its_name_and_layer(tmp_path):
     assert encoder.name == "BERTScore F1, my-bert, layer 2 of 2"
     (near,) = bert_scores([("north east", "north")], encoder)
     assert 0.0 < near < 1.0
+    (long,) = bert_scores([("north " * 1000, "east")], encoder)  # more than its 100 positions
+    assert 0.0 < long <= 1.0
     with pytest.raises(ValueError, match=r"layers 1\.\.2, text_layer is 7"):
         load_encoder(str(folder), 7)
 

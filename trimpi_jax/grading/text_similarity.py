@@ -30,7 +30,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -48,6 +48,13 @@ CACHE_PAIRS = 100_000
 Run = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
+class Vectors(NamedTuple):
+    """What an encoder makes of a text of T tokens."""
+
+    unit: np.ndarray  # float32 [T, D], of length 1
+    is_word: np.ndarray  # bool [T]; False = a mark of the tokenizer, such as [CLS]
+
+
 @dataclasses.dataclass(frozen=True)
 class TextEncoder:
     """An encoder with its tokenizer, and what it has seen before."""
@@ -55,7 +62,7 @@ class TextEncoder:
     name: str  # which model and layer made a score
     tokenizer: Tokenizer
     run: Run
-    _vectors: OrderedDict[str, np.ndarray] = dataclasses.field(default_factory=OrderedDict)
+    _vectors: OrderedDict[str, Vectors] = dataclasses.field(default_factory=OrderedDict)
     _scores: OrderedDict[tuple[str, str], float] = dataclasses.field(default_factory=OrderedDict)
 
 
@@ -145,9 +152,11 @@ def load_encoder(model: str = DEFAULT_ENCODER, layer: int | None = None) -> Text
     if weights.suffix == ".onnx":
         if layer is not None:
             raise ValueError(f"{weights} has its last layer only; leave text_layer empty")
-        run, depth = _load_onnx(weights), "last layer"
+        run, depth, longest = _load_onnx(weights), "last layer", MAX_TOKENS
     else:
         shape = json.loads(config.read_text())
+        # RoBERTa's first two positions are no token's
+        longest = min(MAX_TOKENS, shape.get("max_position_embeddings", MAX_TOKENS + 2) - 2)
         layers = int(shape.get("num_hidden_layers", 0))
         if layer is not None and not 1 <= layer <= layers:
             raise ValueError(f"{config.parent} has layers 1..{layers}, text_layer is {layer}")
@@ -158,7 +167,7 @@ def load_encoder(model: str = DEFAULT_ENCODER, layer: int | None = None) -> Text
             run = _load_torch(config.parent, layer or layers)
     tokens = Tokenizer.from_file(str(tokenizer))
     tokens.no_padding()
-    tokens.enable_truncation(MAX_TOKENS)
+    tokens.enable_truncation(longest)
     return TextEncoder(f"BERTScore F1, {Path(model).name}, {depth}", tokens, run)
 
 
@@ -204,16 +213,15 @@ def _folder_files(folder: Path) -> tuple[Path, Path, Path]:
     return weights, folder / "tokenizer.json", folder / "config.json"
 
 
-def _encode(texts: Iterable[str], encoder: TextEncoder) -> dict[str, np.ndarray]:
-    """Unit vectors [T, D] of each text; row 0 and row T-1 are the marks."""
+def _encode(texts: Iterable[str], encoder: TextEncoder) -> dict[str, Vectors]:
+    """Unit vectors of each text."""
     wanted = list(dict.fromkeys(texts))
     known = {text: encoder._vectors[text] for text in wanted if text in encoder._vectors}
     for text in known:
         encoder._vectors.move_to_end(text)
     new = sorted(set(wanted) - set(known))
-    ids = {
-        text: code.ids for text, code in zip(new, encoder.tokenizer.encode_batch(new), strict=True)
-    }
+    codes = dict(zip(new, encoder.tokenizer.encode_batch(new), strict=True))
+    ids = {text: code.ids for text, code in codes.items()}
     for batch in _batches(sorted(new, key=lambda text: len(ids[text])), ids):
         longest = max(len(ids[text]) for text in batch)
         tokens = np.zeros((len(batch), longest), np.int64)
@@ -225,11 +233,12 @@ def _encode(texts: Iterable[str], encoder: TextEncoder) -> dict[str, np.ndarray]
         norms = np.sqrt(np.einsum("btd,btd->bt", hidden, hidden))
         hidden = hidden / np.maximum(norms, 1e-12)[:, :, None]
         for row, text in enumerate(batch):
-            known[text] = hidden[row, : len(ids[text])].copy()
+            is_word = np.asarray(codes[text].special_tokens_mask) == 0
+            known[text] = Vectors(hidden[row, : len(ids[text])].copy(), is_word)
             encoder._vectors[text] = known[text]
-    held = sum(len(vectors) for vectors in encoder._vectors.values())
+    held = sum(len(vectors.unit) for vectors in encoder._vectors.values())
     while held > CACHE_TOKENS:
-        held -= len(encoder._vectors.popitem(last=False)[1])
+        held -= len(encoder._vectors.popitem(last=False)[1].unit)
     return known
 
 
@@ -245,13 +254,13 @@ def _batches(texts: Sequence[str], ids: dict[str, list[int]]) -> Iterable[list[s
         yield batch
 
 
-def _greedy_f1(candidate: np.ndarray, reference: np.ndarray) -> float:
-    """F1 of greedy matching between unit vectors [S, D] and [T, D], marks included."""
-    if min(len(candidate), len(reference)) <= 2:  # nothing but marks
+def _greedy_f1(candidate: Vectors, reference: Vectors) -> float:
+    """F1 of greedy matching between the tokens of two texts."""
+    if not candidate.is_word.any() or not reference.is_word.any():
         return 0.0
-    cosine = np.einsum("sd,td->st", candidate, reference)
-    precision = float(cosine.max(axis=1)[1:-1].mean())
-    recall = float(cosine.max(axis=0)[1:-1].mean())
+    cosine = np.einsum("sd,td->st", candidate.unit, reference.unit)
+    precision = float(cosine.max(axis=1)[candidate.is_word].mean())
+    recall = float(cosine.max(axis=0)[reference.is_word].mean())
     return 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0
 
 
