@@ -268,7 +268,7 @@ def make_example(document: PolicyDocument, scene: Scene, png: bytes, *, with_cot
         "task": "clevr_policy_m" if document.crops else "clevr_policy_t",
         "depth": tree.depth,
         "scene_id": scene.scene_id,
-        "objects": len(scene.objects),
+        "num_objects": len(scene.objects),
         "path": [visit.condition.section for visit in visits],
         "gold_cot": gold_cot,
         "tree": tree_to_json(tree.root),

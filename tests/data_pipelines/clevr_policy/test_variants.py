@@ -195,7 +195,7 @@ def test_cogent_b_has_combinations_that_nothing_else_has(splits):
 
 
 def test_more_objects_are_more_than_anywhere_else(splits):
-    counts = {name: {e.meta["objects"] for e in rows} for name, rows in splits.items()}
+    counts = {name: {e.meta["num_objects"] for e in rows} for name, rows in splits.items()}
     assert counts.pop("more_objects") <= {5, 6, 7}
     assert set.union(*counts.values()) <= {3, 4}
 
