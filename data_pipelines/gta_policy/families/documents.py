@@ -187,7 +187,7 @@ def supplement(rng: np.random.Generator, name: Name) -> Draft:
 
 
 def ticket(rng: np.random.Generator, name: Name) -> Draft:
-    """A train ticket: its price for several, or the currency of the country it leads to."""
+    """A flight ticket: its price for several, or the currency of the country it leads to."""
     city, country, currency = pick(rng, TRIPS)
     price = int(rng.integers(40, 400)) / 2
     paper = _draw_ticket(rng, pick(rng, ORIGINS), city, price)
@@ -207,11 +207,11 @@ def ticket(rng: np.random.Generator, name: Name) -> Draft:
         f"Exchange rates - {currency} against the euro and the dollar.",
     )
     steps = (
-        ocr(name(0), paper.lines, "Where the journey ends is printed on the ticket."),
+        ocr(name(0), paper.lines, "Where the flight ends is printed on the ticket."),
         search(f"official currency used in {city}", results,
-               f"The journey ends in {city}; its currency must be looked up.", open_ended=False),
+               f"The flight ends in {city}; its currency must be looked up.", open_ended=False),
     )  # fmt: skip
-    request = "Which currency do I need in the city where this journey ends?"
+    request = "Which currency do I need in the city where this flight ends?"
     return Draft((finish(paper),), request, steps, currency)
 
 
@@ -431,7 +431,7 @@ def _draw_ticket(rng: np.random.Generator, origin: str, city: str, price: float)
     rectangle(canvas, (16, 16, 484, 214), "#fffef8", radius=12)
     rectangle(canvas, (16, 16, 484, 62), color, radius=12)
     rectangle(canvas, (16, 48, 484, 62), color)
-    write(canvas, (36, 39), "TRAIN TICKET", 18, font="bold", color="white", anchor="lm")
+    write(canvas, (36, 39), "FLIGHT TICKET", 18, font="bold", color="white", anchor="lm")
     write(
         canvas, (464, 39), f"No. {int(rng.integers(10000, 99999))}", 14, color="white", anchor="rm"
     )
@@ -447,7 +447,7 @@ def _draw_ticket(rng: np.random.Generator, origin: str, city: str, price: float)
     for y in range(70, 208, 9):
         line(canvas, ((345, y), (345, y + 5)), "#999999", width=1.5)
     write(canvas, (415, 100), "Price", 13, color="#777777", anchor="mm")
-    write(canvas, (415, 132), f"{price:.2f} EUR", 21, font="bold", color=color, anchor="mm")
+    write(canvas, (415, 132), f"{price:.2f} EUR", 17, font="bold", color=color, anchor="mm")
     write(canvas, (415, 170), "1 adult", 13, anchor="mm")
     return canvas
 
