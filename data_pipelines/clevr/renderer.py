@@ -2,7 +2,7 @@
 
 A picture is made in three steps, two of them jitted:
 
-    host    which TILE x TILE px tiles can show an object at all (projected boxes)
+    host    which TILE x TILE px tiles can show an object at all (projected hulls)
     tiles   those tiles only: nearest solid, normal, light, shadow, mirror -> premultiplied RGBA
     ground  every pixel: backdrop with soft shadows, the tiles laid over it, sRGB
 
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.clevr import geometry, intersection
+from data_pipelines.clevr.culling import touched_tiles
 from data_pipelines.clevr.intersection import look_up, nearest_solid, round_off, unit
 from data_pipelines.clevr.lighting import (
     GROUND_ALBEDO,
@@ -113,7 +114,7 @@ def _cover(packed, width, height, supersample) -> np.ndarray:
     Y and X are rounded up to whole tiles.
     """
     rows, columns = -(-height // TILE), -(-width // TILE)
-    scene, row, column = np.nonzero(_touched(packed, width, height, rows, columns))
+    scene, row, column = touched_tiles(packed, width, height, TILE)
     tiles = np.zeros((packed["camera"].shape[0], rows, columns, 4, TILE, TILE), np.float32)
     for first in range(0, len(scene), CHUNK):
         part = slice(first, first + CHUNK)
@@ -133,28 +134,6 @@ def _cover(packed, width, height, supersample) -> np.ndarray:
         tiles[which[:number], y[:number], x[:number]] = shaded[:number]
     # [B, tile row, tile column, 4, y, x] -> [B, 4, Y, X]
     return tiles.transpose(0, 3, 1, 4, 2, 5).reshape(-1, 4, rows * TILE, columns * TILE)
-
-
-def _touched(packed, width, height, rows, columns) -> np.ndarray:
-    """Which tiles meet the projected bounding box of any object: bool [B, rows, columns]."""
-    corners = np.array([(i, j, k) for i in (-1, 1) for j in (-1, 1) for k in (-1, 1)], np.float32)
-    c, s, r = (packed[name][..., None] for name in ("cosine", "sine", "radius"))
-    x = packed["x"][..., None] + r * (c * corners[:, 0] - s * corners[:, 1])
-    y = packed["y"][..., None] + r * (s * corners[:, 0] + c * corners[:, 1])
-    z = packed["z"][..., None] + r * corners[:, 2]
-    camera = packed["camera"][:, None, None]
-    view = np.einsum("bnkc,bac->bnka", np.stack([x, y, z], -1) - camera, packed["axes"])
-    depth = np.maximum(-view[..., 2], 1e-3)
-    focal_px = geometry.FOCAL_PER_WIDTH * width
-    px = width / 2 + focal_px * view[..., 0] / depth
-    py = height / 2 - focal_px * view[..., 1] / depth
-    real = packed["z"] > -1
-    left, right = px.min(-1)[..., None], px.max(-1)[..., None]
-    top, bottom = py.min(-1)[..., None], py.max(-1)[..., None]
-    x0, y0 = TILE * np.arange(columns), TILE * np.arange(rows)
-    across = (left < x0 + TILE) & (right > x0) & real[..., None]
-    down = (top < y0 + TILE) & (bottom > y0)
-    return np.einsum("bny,bnx->byx", down.astype(np.int32), across.astype(np.int32)) > 0
 
 
 @partial(jax.jit, static_argnames=("supersample",))
