@@ -54,6 +54,7 @@ from trimpi_jax.io.progress import Progress
 from trimpi_jax.io.report import result_table, write_report
 from trimpi_jax.models.config import VLMConfig
 from trimpi_jax.models.hf_weights import stored_dtype
+from trimpi_jax.models.layers import cast_weights
 from trimpi_jax.models.lora import add_lora, merge_lora
 from trimpi_jax.models.processor import Processor
 from trimpi_jax.objectives.grpo import GRPOSettings
@@ -299,8 +300,8 @@ def run_rl(this: Run, params: Any, folder: Path) -> Any:
     settings = this.config.rl
     updates = settings.prompts // settings.update_prompts
     optimizer = make_optimizer(optimizer_settings(settings, settings.steps * updates))
-    # the state is donated step by step; the reference needs arrays of its own
-    reference = jax.tree.map(lambda leaf: leaf.copy(), params)
+    # the state is donated step by step; the reference needs arrays of its own, in the dtype of use
+    reference = jax.tree.map(lambda leaf: leaf.copy(), cast_weights(params, this.config.dtype))
     step = RLStep(
         this.model,
         this.processor,

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from trimpi_jax.inputs.batching import as_buckets
 from trimpi_jax.models import vlm
 from trimpi_jax.models.config import VLMConfig
+from trimpi_jax.models.layers import cast_weights
 from trimpi_jax.models.lora import add_lora, lora_axes
 from trimpi_jax.rollouts.sampler import SamplerSettings, make_sampler
 from trimpi_jax.sharding import batch_sharding, state_shardings
@@ -159,7 +160,9 @@ def _rl_programs(config, model, mesh, vocabulary, params) -> Programs:
     optimizer = make_optimizer(optimizer_settings(settings, 1000))
     start = functools.partial(init_train_state, optimizer=optimizer, trainable=step.trainable)
     state = place_weights(jax.eval_shape(start, params), model, mesh)
-    held = _state_parts(state) | {"reference": params}
+    used = functools.partial(cast_weights, dtype=config.dtype)
+    reference = place_weights(jax.eval_shape(used, params), model, mesh)
+    held = _state_parts(state) | {"reference": reference}
     group = 2 * sizes.group_size
     counts = {"free": group // 2 if sizes.policy_rollout else group, "aware": group // 2}
     if not sizes.policy_rollout:
@@ -189,7 +192,7 @@ def _rl_programs(config, model, mesh, vocabulary, params) -> Programs:
             rewards = jax.ShapeDtypeStruct((prompts, group), jnp.float32)
             numbers, rewards = place_rows(numbers, mesh), place_rows(rewards, mesh)
             if name == "score":
-                function, arguments, reads = score, (params, rows, images), 1.0
+                function, arguments, reads = score, (reference, rows, images), 1.0
             else:
                 function = update
                 arguments = (state, rows, images, rewards, numbers, numbers)
