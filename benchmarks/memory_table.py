@@ -1,0 +1,172 @@
+"""The table of docs/preflight.md: which size fits which machine, in the paper's run of ClevrPolicy.
+
+    pip install 'trimpi_jax[tpu]'
+    python benchmarks/memory_table.py                          # what the stages keep; a minute
+    python benchmarks/memory_table.py --compile 7b:v5p-8       # and one cell through the compiler
+    python benchmarks/memory_table.py --compile '.*'           # all of them; hours on two cores
+
+Figures go to benchmarks/memory_table.json (a compiled cell keeps its figures until it is compiled
+again), the table to standard output. Every cell is `trimpi_jax.preflight` with the flags
+that its row shows: all weights trained, one row a device and micro-batch, weights cut over all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from trimpi_jax.preflight import prepare_topology_environment
+
+FIGURES = Path(__file__).with_suffix(".json")
+SIZES = ("3b", "7b", "32b", "72b")
+# machine -> topology, chips, chip whose memory counts where it is not the topology's own
+MACHINES = {
+    "v5e-16": ("v5e:4x4", 16, ""),
+    "v6e-16": ("v6e:4x4", 16, ""),
+    "v5p-8": ("v5p:2x2x1", 4, ""),
+    "v5p-64": ("v5p:2x4x4", 32, ""),
+    "H100-80x8": ("v5p:2x2x2", 8, "H100"),
+    "H200x1": ("v5p:2x2x1", 1, "H200"),
+}
+HALF_MOMENTS_FROM = 0.8  # of a chip: where a step takes at least this, moments are bfloat16
+PROGRAMS = ("vm_cpt/step 3328", "rl/update 768")
+
+
+def flags_of(size: str, machine: str, moments: str) -> list[str]:
+    """The flags of `trimpi_jax.preflight` for a cell."""
+    topology, chips, stand_in = MACHINES[machine]
+    flags = ["--config", f"configs/qwen2_5_vl.py:size={size}", "--topology", topology]
+    if stand_in:
+        flags += ["--chips", str(chips), "--stand_in_for", stand_in]
+    for stage, rows in (("vm_cpt", 128), ("rl", 32)):
+        flags.append(f"--config.{stage}.micro_batches={max(rows // chips, 1)}")
+        if moments != "float32":
+            flags.append(f"--config.{stage}.moment_dtype={moments}")
+    return flags
+
+
+def preflight(flags: list[str], only: str) -> dict:
+    """What the door writes with --json."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "figures.json"
+        command = [sys.executable, "-m", "trimpi_jax.preflight", *flags, "--examples", "0"]
+        command += ["--only", only, "--json", str(path)]
+        ran = subprocess.run(command, capture_output=True, text=True)
+        if not path.is_file():
+            raise RuntimeError(f"{' '.join(command)}\n{ran.stderr[-2000:]}")
+        return json.loads(path.read_text())
+
+
+def state_row(size: str, machine: str) -> dict:
+    """What VM-CPT and RL keep on a chip, with the moments that the row needs; compiles nothing."""
+    from configs import qwen2_5_vl
+    from trimpi_jax.models.releases import RELEASES
+    from trimpi_jax.preflight import find_devices
+    from trimpi_jax.sharding import make_mesh
+    from trimpi_jax.stages.estimate import CHIPS, bytes_per_chip, chip_of
+    from trimpi_jax.stages.programs import run_programs
+
+    topology, chips, stand_in = MACHINES[machine]
+    devices, _ = find_devices(topology, chips if stand_in else 0)
+    chip = CHIPS[stand_in] if stand_in else chip_of(devices[0])
+    assert chip is not None
+    mesh, memory = make_mesh(1, -1, 1, devices), chip.memory_gib * 2**30
+    record = {}
+    for moments in ("float32", "bfloat16"):
+        config = qwen2_5_vl.get_config(f"size={size}")
+        for stage, rows in (("vm_cpt", 128), ("rl", 32)):
+            config[stage].micro_batches = max(rows // chips, 1)
+            config[stage].moment_dtype = moments
+        programs = run_programs(config, RELEASES[size], mesh, RELEASES[size].text.vocab_size)
+        kept, least = {}, {}
+        for one in programs:
+            if one.name in PROGRAMS:
+                kept[one.name] = sum(bytes_per_chip(tree) for tree in one.held.values())
+                weights = bytes_per_chip(one.held["weights"])  # float32
+                parts = config[one.name.split("/")[0]].micro_batches
+                # weights and gradients in bfloat16; float32 sums where there are parts to add
+                least[one.name] = kept[one.name] + weights + (weights if parts > 1 else 0)
+        record = {
+            "flags": flags_of(size, machine, moments),
+            "moments": moments,
+            "memory_bytes": memory,
+            "kept": kept,
+            "least": least,
+        }
+        if max(least.values()) <= HALF_MOMENTS_FROM * memory:
+            break
+    return record
+
+
+def compile_row(record: dict) -> dict:
+    """The programs of a row through the compiler."""
+    figures = preflight(record["flags"], "|".join(PROGRAMS))
+    compiled = {one["program"]: one for one in figures["programs"]}
+    return record | {"compiled": compiled, "date": str(datetime.date.today())}
+
+
+def gib(count: float) -> str:
+    return f"{count / 2**30:.1f}"
+
+
+def table(figures: dict) -> list[str]:
+    """Markdown; bytes per chip in GiB."""
+    lines = [
+        "| model | machine | GiB a chip | moments | VM-CPT keeps | at least | compiled | RL keeps |"
+        " at least | compiled | fits | compiled for |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for size in SIZES:
+        for machine, (topology, _, stand_in) in MACHINES.items():
+            row = figures.get(f"{size}:{machine}")
+            if row is None:
+                continue
+            memory, compiled = row["memory_bytes"], row.get("compiled", {})
+            cells, totals = [], []
+            for program in PROGRAMS:
+                one = compiled.get(program)
+                totals.append(one["total_bytes"] if one else None)
+                cells += [gib(row["kept"][program]), gib(row["least"][program])]
+                cells.append(gib(totals[-1]) if totals[-1] else "-")
+            known = [*row["least"].values(), *(total for total in totals if total)]
+            complete = "yes" if all(totals) else "not refused"
+            verdict = "no" if max(known) > memory else complete
+            source = topology if any(totals) else "-"
+            if any(totals) and stand_in:
+                source += ", in its place"
+            lines.append(
+                f"| {size.upper()} | {machine} | {gib(memory)} | {row['moments']} | "
+                f"{' | '.join(cells)} | {verdict} | {source} |"
+            )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--compile", default="", help="regular expression over size:machine")
+    parser.add_argument("--only_print", action="store_true")
+    options = parser.parse_args()
+    prepare_topology_environment(MACHINES["v5e-16"][0])
+    figures = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {}
+    for size in SIZES if not options.only_print else ():
+        for machine in MACHINES:
+            cell = f"{size}:{machine}"
+            if cell not in figures:
+                figures[cell] = state_row(size, machine)
+            least = max(figures[cell]["least"].values())
+            wanted = options.compile and re.fullmatch(options.compile, cell)
+            if wanted and least <= figures[cell]["memory_bytes"]:
+                figures[cell] = compile_row(figures[cell])
+            FIGURES.write_text(json.dumps(figures, indent=1))
+            print(cell, "done", file=sys.stderr, flush=True)
+    print("\n".join(table(figures)))
+
+
+if __name__ == "__main__":
+    main()
