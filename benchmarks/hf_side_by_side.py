@@ -37,6 +37,7 @@ from trimpi_jax.models.hf_weights import load_hf  # noqa: E402
 from trimpi_jax.models.packing import mrope_positions, pack_images  # noqa: E402
 from trimpi_jax.models.vision import PIXEL_MEAN, PIXEL_STD  # noqa: E402
 from trimpi_jax.rollouts import sampler as sampling  # noqa: E402
+from trimpi_jax.rollouts.choosing import SamplerSettings  # noqa: E402
 from trimpi_jax.types import Batch  # noqa: E402
 
 IMAGE, START, END = 8190, 8188, 8189
@@ -183,11 +184,19 @@ def our_programs(params, config, batch: Batch):
 
 def make_decoder(params, config, batch: Batch, new: int):
     """Greedy-free sampling of GROUP completions a prompt, never stopping before `new` tokens."""
-    settings = sampling.SamplerSettings(completions=GROUP, max_new_tokens=new)
+    settings = SamplerSettings(completions=GROUP, max_new_tokens=new)
     endless = dataclasses.replace(config, eos_token_ids=())
-    sample = sampling.make_sampler(endless, settings, config.text.vocab_size)
-    ids = np.arange(PROMPTS, dtype=np.uint32)
-    return lambda: sample(params, batch, jax.random.key(0), ids).tokens
+    sampler = sampling.make_sampler(endless, settings, config.text.vocab_size)
+    encode = sampling.make_image_encoder(config, settings.dtype)
+    weights = sampling.make_weight_sync(settings.dtype)(params, None)
+    ids, valid = np.arange(PROMPTS, dtype=np.uint32), np.ones(PROMPTS, bool)
+
+    def run():
+        visual = encode(params, batch)
+        standing, last = sampler.prefill(params, batch, visual, jax.random.key(0), ids, None)
+        return sampling.decode(sampler, weights, standing, last, valid).tokens
+
+    return run
 
 
 def their_programs(model, inputs):

@@ -12,10 +12,13 @@ METHODS: dict[str, tuple[str, ...]] = {
     "vm_cpt_cot_sft": ("vm_cpt", "cot_sft"),
     "cot_sft_grpo": ("cot_sft", "rl"),
     "trimpi_grpo": ("vm_cpt", "cot_sft", "rl"),
+    "cot_sft_dapo": ("cot_sft", "rl"),
+    "trimpi_dapo": ("vm_cpt", "cot_sft", "rl"),
     "trimpi_poro_grpo": ("vm_cpt", "cot_sft", "rl"),
+    "trimpi_poro_dapo": ("vm_cpt", "cot_sft", "rl"),
 }
-POLICY_ROLLOUT = frozenset({"trimpi_poro_grpo"})
-NOT_YET = frozenset({"cot_sft_dapo", "trimpi_dapo", "trimpi_poro_dapo"})
+POLICY_ROLLOUT = frozenset({"trimpi_poro_grpo", "trimpi_poro_dapo"})
+DAPO = frozenset({"cot_sft_dapo", "trimpi_dapo", "trimpi_poro_dapo"})
 
 
 def parse_method(argument: str | None) -> str:
@@ -29,11 +32,6 @@ def parse_method(argument: str | None) -> str:
     key, _, name = argument.partition("=")
     if key != "method" or not name:
         raise ValueError(f"the config argument is method=NAME, got '{argument}'")
-    if name in NOT_YET:
-        raise ValueError(
-            f"method {name} needs dynamic sampling, which this version does not have;"
-            f" choose one of {sorted(METHODS)}"
-        )
     if name not in METHODS:
         close = difflib.get_close_matches(name, METHODS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""

@@ -9,7 +9,7 @@ A section exists only when its stage runs, so an override that would do nothing 
 
 from ml_collections import ConfigDict
 
-from configs.methods import METHODS, POLICY_ROLLOUT, parse_method
+from configs.methods import DAPO, METHODS, POLICY_ROLLOUT, parse_method
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
@@ -66,7 +66,9 @@ def get_config(argument: str | None = None) -> ConfigDict:
         "vm_cpt": make_vm_cpt,
         "direct_sft": make_direct_sft,
         "cot_sft": make_cot_sft,
-        "rl": lambda: make_rl(policy_rollout=method in POLICY_ROLLOUT),
+        "rl": lambda: make_rl(
+            policy_rollout=method in POLICY_ROLLOUT, objective="dapo" if method in DAPO else "grpo"
+        ),
     }
     for stage in config.stages:
         config[stage] = sections[stage]()
@@ -113,18 +115,30 @@ def make_cot_sft() -> ConfigDict:
     return section
 
 
-def make_rl(*, policy_rollout: bool) -> ConfigDict:
+def make_rl(*, policy_rollout: bool, objective: str) -> ConfigDict:
     section = make_optimizer_section(1e-4, 5)  # paper: 1e-6 for 7B
     section.steps = 100  # paper: 104
+    section.objective = objective
     section.prompts = 8
     section.update_prompts = 8
     section.group_size = 8  # G; a joint group has 2G rollouts, without PoRo all 2G are free
     section.policy_rollout = policy_rollout
     section.temperature = 1.0
+    section.top_k = 0  # 0 = all
     section.top_p = 1.0
+    section.compact_every = 0  # decode steps between compactions of finished rows; 0 = never
+    if policy_rollout:
+        section.policy_chunk = 1  # prompts that share one copy of a policy while decoding
     section.clip_low = 0.2  # paper
-    section.clip_high = 0.3  # paper
-    section.kl_beta = 0.01  # paper
+    section.clip_high = 0.3 if objective == "grpo" else 0.28  # paper
+    if objective == "grpo":
+        section.kl_beta = 0.01  # paper; DAPO has no KL
+    else:
+        section.max_attempts = 20  # paper: batches of prompts a step may draw
+        section.stop_after_dry_steps = 3  # steps in a row that ran out of attempts
+        section.overlong_tokens = 16  # soft overlong ramp, DAPO
+    section.importance_cap = 0.0  # truncated importance weighting; 0 = off
+    section.max_failed_grades = 0.05  # share of completions whose grading may fail
     section.accuracy_weight = 0.9
     section.format_weight = 0.1
     section.trainable = "all"  # paper: no LoRA

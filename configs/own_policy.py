@@ -50,6 +50,8 @@ def set_rl(section: ConfigDict) -> None:
     section.steps = 50  # paper, for a few hundred examples
     section.prompts = 4
     section.update_prompts = 4
+    if "policy_chunk" in section:
+        section.policy_chunk = 4  # all questions are about one document
 
 
 STAGES = {"vm_cpt": set_vm_cpt, "direct_sft": set_sft, "cot_sft": set_sft, "rl": set_rl}

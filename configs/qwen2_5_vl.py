@@ -173,6 +173,11 @@ def set_training(config: ConfigDict, *, gta: bool) -> None:
         section.group_size = 8  # ours: G is not stated
         section.temperature = 1.0  # ours: not stated; what importance ratios assume
         section.top_p = 1.0
+        if "policy_chunk" in section:  # ours: GTA has one policy, ClevrPolicy ten
+            section.policy_chunk = 64 if gta else 16
+        section.compact_every = 128  # ours: decode steps
+        if "overlong_tokens" in section and isinstance(config.max_new_tokens, int):
+            section.overlong_tokens = config.max_new_tokens // 5  # DAPO: 4,096 of 20,480
         section.clip_low = 0.2  # paper
         if "dapo" not in config.method:  # configs/methods.py has DAPO's 0.28 and no KL
             section.clip_high = 0.3  # paper

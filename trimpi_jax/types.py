@@ -55,3 +55,17 @@ class Rollouts:
     logprobs: Array  # float32 [Q, G, S], nats under the distribution sampled from; 0 after the end
     lengths: Array  # int32 [Q, G]
     stopped: Array  # bool [Q, G], True = ended with a stop token, False = cut off at S
+
+
+@flax.struct.dataclass
+class GroupBatch:
+    """Joint groups of Q prompts, ready to be trained on: R = 2G rollouts, policy-free ones first.
+
+    `prompts.valid` is False for a group that only fills the batch.
+    """
+
+    prompts: Batch  # Q policy-free prompts with their images
+    completions: Array  # int32 [Q, R, S]
+    lengths: Array  # int32 [Q, R], tokens of the completions, the stop token included
+    rewards: Array  # float32 [Q, R]
+    sampled_logprobs: Array  # float32 [Q, R, S], as the sampler drew them, in their own view

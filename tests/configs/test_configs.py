@@ -7,12 +7,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs import nano, nano_base
-from configs.methods import METHODS, NOT_YET, POLICY_ROLLOUT, parse_method
+from configs.methods import DAPO, METHODS, POLICY_ROLLOUT, parse_method
 from data_pipelines.build import make_settings
 from trimpi_jax.grading.answers import RewardWeights
-from trimpi_jax.objectives.grpo import GRPOSettings
-from trimpi_jax.rollouts.sampler import SamplerSettings
-from trimpi_jax.stages.pipeline import optimizer_settings
+from trimpi_jax.objectives import grpo
+from trimpi_jax.rollouts.choosing import SamplerSettings
+from trimpi_jax.stages.pipeline import optimizer_settings, rl_objective
 from trimpi_jax.stages.train_state import TRAINABLE
 
 STAGES = ("vm_cpt", "direct_sft", "cot_sft", "rl")
@@ -34,12 +34,16 @@ def test_every_method_builds_its_config(method):
 
 @pytest.mark.parametrize("method", [m for m, stages in METHODS.items() if "rl" in stages])
 def test_the_rl_section_is_what_its_parts_take(method):
-    section = nano.get_config(f"method={method}").rl
+    config = nano.get_config(f"method={method}")
+    section = config.rl
     assert section.policy_rollout == (method in POLICY_ROLLOUT)
-    assert GRPOSettings(section.clip_low, section.clip_high, section.kl_beta) == GRPOSettings()
+    assert rl_objective(config) == (grpo.dapo() if method in DAPO else grpo.grpo())
+    assert ("kl_beta" in section) == (method not in DAPO)
+    assert ("max_attempts" in section) == (method in DAPO)
+    assert ("policy_chunk" in section) == section.policy_rollout
     weights = RewardWeights(section.accuracy_weight, section.format_weight)
     assert weights == RewardWeights()
-    SamplerSettings(section.group_size, 1, section.temperature, section.top_p)
+    SamplerSettings(section.group_size, 1, section.temperature, section.top_k, section.top_p)
     assert section.prompts % section.update_prompts == 0
 
 
@@ -73,13 +77,6 @@ def test_the_default_is_the_papers_method():
 def test_a_wrong_argument_is_told(argument, message):
     with pytest.raises(ValueError, match=message):
         nano.get_config(argument)
-
-
-@pytest.mark.parametrize("method", sorted(NOT_YET))
-def test_rows_with_dynamic_sampling_are_refused(method):
-    with pytest.raises(ValueError, match=f"method {method} needs dynamic sampling"):
-        nano.get_config(f"method={method}")
-    assert method not in METHODS
 
 
 def parse(monkeypatch, *arguments):

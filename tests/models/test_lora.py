@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from trimpi_jax.models import lora, vlm
+from trimpi_jax.models.language import DecodeContext
+from trimpi_jax.ops.branches import Shared
 
 APPLY = jax.jit(vlm.apply, static_argnums=1)
 
@@ -61,22 +63,20 @@ def test_merging_plain_weights_is_identity(params):
 
 
 def test_decoding_uses_the_adapters(trained, scaled):
-    layers = vlm.unstack_layers(trained)
-    assert "lora_a" in layers[0]["q"]
-    shape = (1, 1, 2, scaled.text.kv_heads, scaled.text.head_width)
-    prompt = jnp.zeros((1, 1, *shape[3:]))
+    weights = vlm.decode_weights(trained, jnp.float32)
+    assert "lora_a" in weights["language"]["layers"][0]["q"]
+    heads, width = scaled.text.kv_heads, scaled.text.head_width
+    empty, prompt = jnp.zeros((1, 1, heads, 2, width)), jnp.zeros((1, heads, 1, width))
 
     @jax.jit
     def step(params):
         hidden, _ = vlm.decode_step(
-            vlm.unstack_layers(params),
-            params,
+            vlm.decode_weights(params, jnp.float32),
             scaled,
             jnp.array([[5]]),
             jnp.array([[0]]),
-            [(prompt, prompt)] * 2,
-            jnp.array([0]),
-            [(jnp.zeros(shape), jnp.zeros(shape))] * 2,
+            DecodeContext([Shared(prompt, prompt)] * 2, jnp.array([0])),
+            [Shared(empty, empty)] * 2,
             jnp.asarray(0),
         )
         return hidden

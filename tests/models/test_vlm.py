@@ -9,7 +9,9 @@ import pytest
 
 from tests.parity.rows import make_batch, make_row, random_params, tiny_config
 from trimpi_jax.models import vision, vlm
+from trimpi_jax.models.language import DecodeContext
 from trimpi_jax.models.layers import cast_weights
+from trimpi_jax.ops.branches import Shared, share
 from trimpi_jax.sharding import LOGICAL_RULES
 
 APPLY = jax.jit(vlm.apply, static_argnums=1)
@@ -136,23 +138,17 @@ def test_decoding_is_prefill_and_sharing_is_copying(config, params, rows, batch,
         last, prompt_kv = vlm.prefill(
             params, config, cut.tokens, cut.positions, cut.lengths, visual, cut.visual_index
         )
-        layers = vlm.unstack_layers(params)
-        shape = (*tokens.shape[:2], steps, config.text.kv_heads, config.text.head_width)
-        cache = [(jnp.full(shape, 7.0), jnp.full(shape, 7.0)) for _ in layers]  # unread junk
+        weights = vlm.decode_weights(params, jnp.float32)
+        context = DecodeContext([share(kv) for kv in prompt_kv], cut.lengths)
+        shape = (*tokens.shape[:2], config.text.kv_heads, steps, config.text.head_width)
+        junk = jnp.full(shape, 7.0)  # never read
+        cache = [Shared(junk, junk) for _ in prompt_kv]
         out = [vlm.logits(params, config, last)]
         for step in range(steps):
             start = (cut.lengths + cut.rope_delta)[:, None] + step
             positions = jnp.broadcast_to(start, tokens.shape[:2])
             hidden, cache = vlm.decode_step(
-                layers,
-                params,
-                config,
-                tokens[..., step],
-                positions,
-                prompt_kv,
-                cut.lengths,
-                cache,
-                step,
+                weights, config, tokens[..., step], positions, context, cache, step
             )
             out.append(vlm.logits(params, config, hidden))
         return out
@@ -174,23 +170,22 @@ def test_decoding_is_prefill_and_sharing_is_copying(config, params, rows, batch,
 
 
 def test_decode_keeps_the_dtype_of_its_cache(config, params):
-    layers = jax.jit(vlm.unstack_layers)(params)
-    shape = (1, 2, 4, config.text.kv_heads, config.text.head_width)
-    empty = jnp.zeros(shape, jnp.bfloat16)
-    prompt = jnp.zeros((1, 3, *shape[3:]), jnp.bfloat16)
-    hidden, cache = jax.jit(vlm.decode_step, static_argnums=2)(
-        layers,
-        params,
+    weights = jax.jit(lambda tree: vlm.decode_weights(tree, jnp.bfloat16))(params)
+    heads, width = config.text.kv_heads, config.text.head_width
+    empty = jnp.zeros((1, 2, heads, 4, width), jnp.bfloat16)
+    prompt = jnp.zeros((1, heads, 3, width), jnp.bfloat16)
+    hidden, cache = jax.jit(vlm.decode_step, static_argnums=1)(
+        weights,
         config,
         jnp.array([[5, 6]]),
         jnp.array([[3, 3]]),
-        [(prompt, prompt)] * 2,
-        jnp.array([3]),
-        [(empty, empty)] * 2,
+        DecodeContext([Shared(prompt, prompt)] * 2, jnp.array([3])),
+        [Shared(empty, empty)] * 2,
         jnp.asarray(0),
     )
-    assert hidden.dtype == jnp.bfloat16 and cache[0][0].dtype == jnp.bfloat16
-    assert np.asarray(cache[1][1][:, :, 0]).any() and not np.asarray(cache[1][1][:, :, 1:]).any()
+    assert hidden.dtype == jnp.bfloat16 and cache[0].k.dtype == jnp.bfloat16
+    written = np.asarray(cache[1].v)
+    assert written[:, :, :, 0].any() and not written[:, :, :, 1:].any()
 
 
 def _hidden_sum(params, config, batch, remat):

@@ -1,4 +1,4 @@
-"""The GRPO loss: every term with numbers on paper, and what must not change the loss."""
+"""GRPO and DAPO: every term with numbers on paper, and what must not change the loss."""
 
 import functools
 
@@ -10,14 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimpi_jax.objectives.grpo import (
-    GRPOSettings,
+    ObjectiveSettings,
     clipped_surrogate,
-    grpo_loss,
+    dapo,
+    denominator_of,
+    grpo,
     kl_k3,
+    overlong_penalty,
+    policy_rollout_loss,
     sequence_means,
+    truncated_importance,
 )
 
-NO_KL = GRPOSettings(kl_beta=0.0)
+NO_KL = ObjectiveSettings(kl_beta=0.0)
+BOTH = pytest.mark.parametrize("settings", [grpo(), dapo()], ids=["grpo", "dapo"])
 
 
 @pytest.mark.parametrize(
@@ -84,10 +90,14 @@ def make_case(seed=0, prompts=4, rollouts=4, tokens=5):
     )
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6))
-def loss_and_gradient(logprobs, behavior, reference, rewards, mask, settings, num_prompts):
+@functools.partial(jax.jit, static_argnums=5)
+def loss_and_gradient(logprobs, behavior, reference, rewards, mask, settings, denominator=None):
+    if denominator is None:
+        denominator = denominator_of(mask, jnp.ones(mask.shape[:1], bool), settings.loss_mean)
+
     def loss_of(x):
-        return grpo_loss(x, behavior, reference, rewards, mask, settings, num_prompts)
+        anchor = reference if settings.kl_beta else None
+        return policy_rollout_loss(x, behavior, anchor, None, rewards, mask, settings, denominator)
 
     (loss, metrics), gradient = jax.value_and_grad(loss_of, has_aux=True)(logprobs)
     return loss, metrics, gradient
@@ -104,7 +114,7 @@ def test_the_loss_of_one_group_by_hand():
     behavior = jnp.full((1, 4, 2), -3.0)
     rewards = jnp.array([[0.0, 0, 1, 1]])
     loss, metrics, _ = loss_and_gradient(
-        behavior + jnp.log(ratios), behavior, behavior, rewards, mask, NO_KL, 1
+        behavior + jnp.log(ratios), behavior, behavior, rewards, mask, NO_KL
     )
     assert loss == pytest.approx(-0.1625, abs=1e-5)
     assert metrics["train/clip_low_fraction"] == pytest.approx(1 / 4)
@@ -117,7 +127,7 @@ def test_the_kl_term_by_hand():
     reference = jnp.log(jnp.array([[[0.5, 0.5], [0.5, 0.5]]]))
     rewards, mask = jnp.ones((1, 2)), jnp.ones((1, 2, 2), bool)
     loss, metrics, gradient = loss_and_gradient(
-        logprobs, logprobs, reference, rewards, mask, GRPOSettings(kl_beta=0.1), 1
+        logprobs, logprobs, reference, rewards, mask, ObjectiveSettings(kl_beta=0.1)
     )
     mean = 0.306853 / 2 / 2  # over the two tokens of the first rollout, then over two rollouts
     assert metrics["train/kl"] == pytest.approx(mean, rel=1e-5)
@@ -129,7 +139,7 @@ def test_the_kl_term_by_hand():
 def test_at_ratio_one_the_gradient_is_the_policy_gradient():
     logprobs, _, _, _, mask = make_case(prompts=1)
     rewards = jnp.array([[0.0, 0, 1, 1]])
-    _, _, gradient = loss_and_gradient(logprobs, logprobs, logprobs, rewards, mask, NO_KL, 1)
+    _, _, gradient = loss_and_gradient(logprobs, logprobs, logprobs, rewards, mask, NO_KL)
     # - A_i / (2G |o_i|) on each of its tokens
     lengths = np.asarray(mask.sum(axis=-1, keepdims=True))
     advantages = np.array([-1, -1, 1, 1], np.float32)[None, :, None]
@@ -140,7 +150,7 @@ def test_at_ratio_one_the_gradient_is_the_policy_gradient():
 def test_a_group_without_spread_and_without_kl_moves_nothing():
     logprobs, behavior, reference, _, mask = make_case()
     loss, _, gradient = loss_and_gradient(
-        logprobs, behavior, reference, jnp.ones((4, 4)), mask, NO_KL, 4
+        logprobs, behavior, reference, jnp.ones((4, 4)), mask, NO_KL
     )
     assert loss == 0
     assert (gradient == 0).all()
@@ -150,22 +160,100 @@ def test_no_gradient_reaches_behavior_or_reference():
     logprobs, behavior, reference, rewards, mask = make_case()
 
     def loss_of(old, anchor):
-        return grpo_loss(logprobs, old, anchor, rewards, mask, GRPOSettings(), 4)[0]
+        count = jnp.float32(16)
+        return policy_rollout_loss(logprobs, old, anchor, None, rewards, mask, grpo(), count)[0]
 
     for gradient in jax.grad(loss_of, argnums=(0, 1))(behavior, reference):
         assert (gradient == 0).all()
 
 
-def test_what_stands_in_the_padding_changes_nothing():
+def test_the_dapo_loss_of_one_group_by_hand():
+    # the group above, but each of the five tokens counts the same and the upper clip is 1.28:
+    # surrogates -1, -0.8, 1.28, 1, 1.28; loss = -1.76 / 5
+    ratios = jnp.array([[[1.0, 1], [0.5, 1], [2.0, 1], [1.0, 2.0]]])
+    mask = jnp.array([[[1, 0], [1, 0], [1, 0], [1, 1]]], bool)
+    behavior = jnp.full((1, 4, 2), -3.0)
+    rewards = jnp.array([[0.0, 0, 1, 1]])
+    loss, metrics, _ = loss_and_gradient(
+        behavior + jnp.log(ratios), behavior, behavior, rewards, mask, dapo()
+    )
+    assert loss == pytest.approx(-1.76 / 5, abs=1e-5)
+    assert metrics["train/clip_low_fraction"] == pytest.approx(1 / 5)
+    assert metrics["train/clip_high_fraction"] == pytest.approx(2 / 5)
+    assert "train/kl" not in metrics
+
+
+def test_dapo_weighs_tokens_and_grpo_weighs_rollouts():
+    # one prompt, one short wrong and one long right answer: advantages -1 and 1
+    rewards = jnp.array([[0.0, 1.0]])
+    mask = jnp.array([[[1, 0, 0, 0], [1, 1, 1, 1]]], bool)
+    logprobs = jnp.full((1, 2, 4), -1.0)
+    by_rollout = loss_and_gradient(logprobs, logprobs, logprobs, rewards, mask, NO_KL)[2]
+    by_token = loss_and_gradient(logprobs, logprobs, logprobs, rewards, mask, dapo())[2]
+    np.testing.assert_allclose(by_rollout[0, :, 0], [1 / 2, -1 / 8], atol=1e-5)
+    np.testing.assert_allclose(by_token[0, :, 0], [1 / 5, -1 / 5], atol=1e-5)
+
+
+@BOTH
+def test_without_behavior_the_actor_is_its_own(settings):
+    logprobs, _, reference, rewards, mask = make_case()
+    anchor = reference if settings.kl_beta else None
+    count = denominator_of(mask, jnp.ones((4,), bool), settings.loss_mean)
+
+    def loss_of(x, old):
+        return policy_rollout_loss(x, old, anchor, None, rewards, mask, settings, count)[0]
+
+    expected = jax.value_and_grad(loss_of)(logprobs, logprobs)
+    found = jax.value_and_grad(lambda x: loss_of(x, None))(logprobs)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-6)
+
+
+def test_truncated_importance_by_hand():
+    # the sampler gave 1/2, the training graph 1/4, 1/2 and 7/8: ratios 1/2, 1, 1.75, capped at 1.5
+    sampled = jnp.log(jnp.full((3,), 0.5))
+    behavior = jnp.log(jnp.array([0.25, 0.5, 0.875]))
+    found = truncated_importance(behavior, sampled, 1.5)
+    np.testing.assert_allclose(found, [0.5, 1, 1.5], rtol=1e-6)
+
+
+def test_importance_weights_scale_the_gradient_of_their_token():
+    logprobs, _, _, _, mask = make_case(prompts=1)
+    rewards = jnp.array([[0.0, 0, 1, 1]])
+    settings = ObjectiveSettings(kl_beta=0.0, importance_cap=2.0)
+    sampled = logprobs + jnp.log(2.0)  # the sampler believed twice as much: weight 1/2
+
+    def loss_of(x, drawn, how):
+        return policy_rollout_loss(x, None, None, drawn, rewards, mask, how, jnp.float32(4))
+
+    half, metrics = jax.grad(loss_of, has_aux=True)(logprobs, sampled, settings)
+    full, _ = jax.grad(loss_of, has_aux=True)(logprobs, None, NO_KL)
+    np.testing.assert_allclose(half, 0.5 * full, rtol=1e-5, atol=1e-8)
+    assert metrics["train/importance_mean"] == pytest.approx(0.5, rel=1e-5)
+    assert metrics["train/importance_cut_fraction"] == 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "penalty"),
+    [(0, 0), (80, 0), (85, -0.25), (90, -0.5), (100, -1), (101, -1), (500, -1)],
+)
+def test_the_soft_overlong_punishment_counts_tokens(tokens, penalty):
+    # at most 100 tokens, a ramp of 20
+    assert overlong_penalty(jnp.int32(tokens), 100, 20) == pytest.approx(penalty)
+    assert overlong_penalty(jnp.int32(tokens), 100, 0) == 0
+
+
+@BOTH
+def test_what_stands_in_the_padding_changes_nothing(settings):
     logprobs, behavior, reference, rewards, mask = make_case()
-    clean = loss_and_gradient(logprobs, behavior, reference, rewards, mask, GRPOSettings(), 4)
+    clean = loss_and_gradient(logprobs, behavior, reference, rewards, mask, settings)
     wild = [jnp.where(mask, x, fill) for x, fill in ((logprobs, -50.0), (behavior, -1e4))]
     wild_reference = jnp.where(mask, reference, 1e4)
     longer = [
         jnp.pad(x, ((0, 0), (0, 0), (0, 3)), constant_values=-9) for x in (*wild, wild_reference)
     ]
     mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 3)))
-    loss, metrics, gradient = loss_and_gradient(*longer, rewards, mask, GRPOSettings(), 4)
+    loss, metrics, gradient = loss_and_gradient(*longer, rewards, mask, settings)
     np.testing.assert_allclose(loss, clean[0], rtol=1e-6)
     np.testing.assert_allclose(gradient[..., :-3], clean[2], rtol=1e-6)
     assert (gradient[..., -3:] == 0).all()
@@ -173,12 +261,14 @@ def test_what_stands_in_the_padding_changes_nothing():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-6)
 
 
+@BOTH
 @pytest.mark.parametrize("parts", [2, 4])
-def test_micro_batches_of_prompts_add_up(parts):
+def test_micro_batches_of_prompts_add_up(parts, settings):
     case = make_case()
-    loss, metrics, gradient = loss_and_gradient(*case, GRPOSettings(), 4)
+    loss, metrics, gradient = loss_and_gradient(*case, settings)
+    whole = denominator_of(case[-1], jnp.ones((4,), bool), settings.loss_mean)
     pieces = [
-        loss_and_gradient(*(leaf[i : i + 4 // parts] for leaf in case), GRPOSettings(), 4)
+        loss_and_gradient(*(leaf[i : i + 4 // parts] for leaf in case), settings, whole)
         for i in range(0, 4, 4 // parts)
     ]
     np.testing.assert_allclose(sum(piece[0] for piece in pieces), loss, rtol=1e-5)
@@ -190,23 +280,60 @@ def test_micro_batches_of_prompts_add_up(parts):
         np.testing.assert_allclose(total, metrics[name], rtol=1e-5, atol=1e-8)
 
 
-def test_the_order_of_rollouts_and_prompts_does_not_matter():
+@BOTH
+def test_the_order_of_rollouts_and_prompts_does_not_matter(settings):
     case = make_case()
-    loss, _, gradient = loss_and_gradient(*case, GRPOSettings(), 4)
+    loss, _, gradient = loss_and_gradient(*case, settings)
     shuffled = [leaf[jnp.array([2, 0, 3, 1])][:, jnp.array([1, 3, 0, 2])] for leaf in case]
-    other, _, moved = loss_and_gradient(*shuffled, GRPOSettings(), 4)
+    other, _, moved = loss_and_gradient(*shuffled, settings)
     np.testing.assert_allclose(other, loss, rtol=1e-5)
     expected = np.asarray(gradient)[[2, 0, 3, 1]][:, [1, 3, 0, 2]]
     np.testing.assert_allclose(moved, expected, rtol=1e-5, atol=1e-8)
 
 
+@BOTH
+def test_a_group_that_only_fills_the_batch_changes_nothing(settings):
+    case = make_case()
+    loss, _, gradient = loss_and_gradient(*case, settings)
+    # two more groups, all padding: no token counts, and they are not valid
+    padded = [jnp.concatenate([leaf, leaf[:2]]) for leaf in case]
+    mask = padded[-1].at[4:].set(False)
+    valid = jnp.array([True] * 4 + [False] * 2)
+    count = denominator_of(mask, valid, settings.loss_mean)
+    other, _, moved = loss_and_gradient(*padded[:-1], mask, settings, count)
+    np.testing.assert_allclose(other, loss, rtol=1e-6)
+    np.testing.assert_allclose(moved[:4], gradient, rtol=1e-6)
+    assert (moved[4:] == 0).all()
+
+
+def test_denominators_by_hand():
+    mask = jnp.array([[[1, 1, 0], [1, 0, 0]], [[1, 1, 1], [1, 1, 1]]], bool)
+    both, first = jnp.array([True, True]), jnp.array([True, False])
+    assert denominator_of(mask, both, "sequence") == 4
+    assert denominator_of(mask, both, "token") == 9
+    assert denominator_of(mask, first, "sequence") == 2
+    assert denominator_of(mask, first, "token") == 3
+    nothing = jnp.array([False, False])
+    assert denominator_of(mask, nothing, "token") == denominator_of(mask, nothing, "sequence") == 1
+
+
 @pytest.mark.parametrize(
-    "changes", [{"clip_low": 0.0}, {"clip_low": 1.0}, {"clip_high": 0.0}, {"kl_beta": -0.1}]
+    ("changes", "message"),
+    [
+        ({"clip_low": 0.0}, "0 < clip_low < 1"),
+        ({"clip_low": 1.0}, "0 < clip_low < 1"),
+        ({"clip_high": 0.0}, "clip_high > 0"),
+        ({"kl_beta": -0.1}, "kl_beta >= 0"),
+        ({"loss_mean": "prompt"}, "loss_mean is one of"),
+        ({"loss_mean": "token"}, "DAPO .* has no KL term"),  # kl_beta is 0.01 by default
+        ({"importance_cap": 0.5}, "importance_cap is 0"),
+    ],
 )
-def test_senseless_settings_are_errors(changes):
-    with pytest.raises(ValueError, match="0 < clip_low < 1"):
-        GRPOSettings(**changes)
+def test_senseless_settings_are_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ObjectiveSettings(**changes)
 
 
-def test_the_papers_constants_are_the_defaults():
-    assert GRPOSettings() == GRPOSettings(clip_low=0.2, clip_high=0.3, kl_beta=0.01)
+def test_the_papers_constants():
+    assert grpo() == ObjectiveSettings("sequence", 0.2, 0.3, kl_beta=0.01)
+    assert dapo() == ObjectiveSettings("token", 0.2, 0.28, kl_beta=0.0)

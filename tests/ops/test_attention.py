@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trimpi_jax.ops.attention import causal_attention, segment_attention, shared_prompt_attention
+from trimpi_jax.ops.attention import causal_attention, segment_attention
 
 
 def arrays(rng, *shapes):
@@ -54,22 +54,3 @@ def test_segments():
         for n in range(2):
             expected = one_query(q[0, s, n], k[0, same, n], v[0, same, n])
             np.testing.assert_allclose(out[0, s, n], expected, atol=2e-6)
-
-
-def test_shared_prompt():
-    rng = np.random.default_rng(0)
-    prompts, group, prompt, own, n, kv, h = 2, 3, 5, 4, 4, 2, 4
-    q, pk, pv, ok, ov = arrays(
-        rng,
-        (prompts, group, n, h),
-        *[(prompts, prompt, kv, h)] * 2,
-        *[(prompts, group, own, kv, h)] * 2,
-    )
-    lengths, step = np.array([5, 2]), 1
-    out = shared_prompt_attention(
-        *map(jnp.asarray, (q, pk, pv, lengths, ok, ov)), jnp.asarray(step)
-    )
-    for i, g, j in np.ndindex(prompts, group, n):
-        keys = np.concatenate([pk[i, : lengths[i], j // 2], ok[i, g, : step + 1, j // 2]])
-        values = np.concatenate([pv[i, : lengths[i], j // 2], ov[i, g, : step + 1, j // 2]])
-        np.testing.assert_allclose(out[i, g, j], one_query(q[i, g, j], keys, values), atol=2e-6)

@@ -12,6 +12,8 @@ from safetensors.numpy import load_file
 
 from tests.parity.rows import LAYOUTS, make_batch, make_row
 from trimpi_jax.models import hf_weights, vlm
+from trimpi_jax.models.language import DecodeContext
+from trimpi_jax.ops.branches import Shared, share
 
 torch = pytest.importorskip("torch")
 from tests.parity.hf_reference import hf_inputs  # noqa: E402
@@ -141,10 +143,11 @@ def test_greedy_tokens(pair):
             visual,
             batch.visual_index,
         )
-        layers = vlm.unstack_layers(params)
+        weights = vlm.decode_weights(params, jnp.float32)
         rows = batch.tokens.shape[0]
-        shape = (rows, completions, steps, config.text.kv_heads, config.text.head_width)
-        cache = [(jnp.zeros(shape), jnp.zeros(shape)) for _ in layers]
+        shape = (rows, completions, config.text.kv_heads, steps, config.text.head_width)
+        cache = [Shared(jnp.zeros(shape), jnp.zeros(shape)) for _ in prompt_kv]
+        context = DecodeContext([share(kv) for kv in prompt_kv], batch.lengths)
         token = jnp.argmax(vlm.logits(params, config, last), axis=-1)
         token = jnp.broadcast_to(token[:, None], (rows, completions)).astype(jnp.int32)
 
@@ -152,9 +155,7 @@ def test_greedy_tokens(pair):
             token, cache = carry
             start = (batch.lengths + batch.rope_delta)[:, None]
             positions = jnp.broadcast_to(start + step, token.shape)
-            hidden, cache = vlm.decode_step(
-                layers, params, config, token, positions, prompt_kv, batch.lengths, cache, step
-            )
+            hidden, cache = vlm.decode_step(weights, config, token, positions, context, cache, step)
             following = jnp.argmax(vlm.logits(params, config, hidden), -1).astype(jnp.int32)
             return (following, cache), token
 

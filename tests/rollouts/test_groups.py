@@ -1,142 +1,92 @@
-"""Two views of each prompt, and training rows that hold the policy-free one only."""
+"""Two views of each prompt, and how prompts stand behind shared policies."""
 
+import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tests.tiny_model import load_tiny_processor, make_png, make_question
-from trimpi_jax.inputs.encode import encode_with_completion
-from trimpi_jax.rollouts.groups import fits, make_training_rows, make_view
+from tests.tiny_model import load_tiny_processor, make_question, tiny_config
+from trimpi_jax.rollouts.engine import (
+    encode_questions,
+    make_aware_view,
+    make_engine,
+    make_free_view,
+)
+from trimpi_jax.rollouts.groups import MAX_EMPTY_SHARE, PromptSizes, plan_chunks
+from trimpi_jax.sharding import make_mesh
 
-BUCKETS = (96, 224)
+QUESTIONS = [make_question(0), make_question(1, query="Which case, please?")]
 
 
 @pytest.fixture(scope="module")
-def processor():
-    return load_tiny_processor()
+def engine():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    sizes = PromptSizes((96, 224), (2,))
+    return make_engine(tiny_config(), load_tiny_processor(), sizes, mesh, dtype="float32")
 
 
-@pytest.fixture(scope="module")
-def questions():
-    return [make_question(0), make_question(1, query="Which case, please?")]
-
-
-def view(questions, processor, *, aware, buckets=BUCKETS, windows=2, **options):
-    return make_view(
-        questions,
-        processor,
-        policy_in_prompt=aware,
-        token_buckets=buckets,
-        windows=windows,
-        **options,
-    )
-
-
-def test_the_views_differ_by_the_policy_alone(questions, processor):
-    free, aware = (view(questions, processor, aware=a) for a in (False, True))
-    for question, short, long in zip(questions, free.rows, aware.rows, strict=True):
-        texts = [processor.tokenizer.decode(row.tokens) for row in (short, long)]
+def test_the_views_differ_by_the_policy_alone(engine):
+    asked = encode_questions(engine, QUESTIONS, aware=True, share=False)
+    decode = engine.processor.tokenizer.decode
+    for question, short, long in zip(QUESTIONS, asked.free, asked.aware, strict=True):
+        texts = [decode(row.tokens) for row in (short, long)]
         user = [text[text.index("<|im_start|>user") :] for text in texts]
         assert user[0] == user[1]
         assert question.policy_text in texts[1]
         assert "# Condition" not in texts[0]
 
 
-def test_a_view_takes_the_smallest_bucket_that_holds_all(questions, processor):
-    assert view(questions, processor, aware=False).batch.tokens.shape == (2, 96)
-    assert view(questions, processor, aware=True).batch.tokens.shape == (2, 224)
-    padded = view(questions, processor, aware=False, num_rows=4).batch
+def test_a_view_takes_the_smallest_bucket_that_holds_all(engine):
+    asked = encode_questions(engine, QUESTIONS, aware=True, share=False)
+    assert make_free_view(engine, asked, 2).batch.tokens.shape == (2, 96)
+    assert make_aware_view(engine, asked, 2, 1).batch.tokens.shape == (2, 224)
+    padded = make_free_view(engine, asked, 4).batch
     assert padded.valid.tolist() == [True, True, False, False]
 
 
-def test_a_prompt_that_fits_no_bucket_is_named_not_cut(questions, processor):
-    with pytest.raises(ValueError, match=r"2 prompts fit no bucket of \[96\] tokens .*q0: \d+ tok"):
-        view(questions, processor, aware=True, buckets=(96,))
-    wide = make_question(7, images=(make_png(7, 56, 112), make_png(8)))
-    with pytest.raises(ValueError, match=r"q7: .* 3 windows"):
-        view([wide], processor, aware=False)
+def test_behind_a_shared_policy_stands_the_question_alone(engine):
+    asked = encode_questions(engine, QUESTIONS, aware=True)
+    view = make_aware_view(engine, asked, 4, 4)
+    assert view.batch.tokens.shape == (4, 96)
+    assert view.batch.patches.shape[1] == 0
+    assert view.policy_of.tolist() == [0]
+    decode = engine.processor.tokenizer.decode
+    assert "# Condition" not in decode(asked.aware[0].tokens)
+    assert QUESTIONS[0].policy_text in decode(view.policies[0].row.tokens)
 
 
 @pytest.mark.parametrize(
-    ("with_policy", "bucket", "windows", "expected"),
-    [(False, 96, 1, True), (True, 96, 1, False), (True, 224, 1, True), (True, 224, 0, False)],
+    ("owners", "max_chunk", "rows", "policies", "size"),
+    [
+        # A B A A B A: chunks of 2, none empty
+        ([0, 1, 0, 0, 1, 0], 2, [0, 4, 1, 2, 5, 3], [0, 0, 1], 2),
+        # one policy: one chunk
+        ([0, 0, 0, 0], 8, [0, 1, 2, 3], [0], 4),
+        # A A A B: chunks of 2 would leave 2 of 6 rows empty, more than a quarter of 4
+        ([0, 0, 0, 1], 4, [0, 1, 2, 3], [0, 0, 0, 1], 1),
+        ([1, 0], 1, [1, 0], [0, 1], 1),
+    ],
 )
-def test_fits_looks_at_every_view_that_is_sampled_from(
-    questions, processor, with_policy, bucket, windows, expected
-):
-    assert expected == fits(
-        questions[0],
-        processor,
-        with_policy=with_policy,
-        token_buckets=(16, bucket),
-        windows=windows,
-    )
+def test_chunks_by_hand(owners, max_chunk, rows, policies, size):
+    chunks = plan_chunks(owners, max_chunk)
+    assert chunks.row_of.tolist() == rows
+    assert chunks.policy_of.tolist() == policies
+    assert chunks.size == size
 
 
-@pytest.fixture(scope="module")
-def training(questions, processor):
-    """Two prompts, three completions each: of 2, 0, 4 tokens and of 1, 3, 4."""
-    free = view(questions, processor, aware=False)
-    lengths = np.array([[2, 0, 4], [1, 3, 4]], np.int32)
-    tokens = np.arange(100, 100 + 2 * 3 * 4, dtype=np.int32).reshape(2, 3, 4)
-    return free, tokens, lengths, make_training_rows(free, tokens, lengths, (80, 96, 128))
-
-
-def test_a_training_row_is_the_policy_free_prompt_and_the_completion(training):
-    free, tokens, lengths, rows = training
-    for q, row in enumerate(free.rows):
-        for i in range(3):
-            at, prompt, count = q * 3 + i, len(row.tokens), lengths[q, i]
-            assert rows.lengths[at] == prompt + count
-            expected = [*row.tokens, *tokens[q, i, :count]]
-            assert rows.tokens[at, : prompt + count].tolist() == expected
-            assert not rows.tokens[at, prompt + count :].any()
-            counted = np.flatnonzero(rows.loss_mask[at]).tolist()
-            assert counted == list(range(prompt, prompt + count))
-    assert rows.valid.all()
-
-
-def test_the_smallest_row_bucket_is_taken(training):
-    free, _, lengths, rows = training
-    longest = max(len(row.tokens) + int(lengths[q].max()) for q, row in enumerate(free.rows))
-    assert rows.tokens.shape == (6, min(b for b in (80, 96, 128) if b >= longest))
-
-
-def test_rows_carry_no_patches_of_their_own(training):
-    free, _, _, rows = training
-    assert rows.patches.shape[:2] == (6, 0)
-    for q in range(2):
-        prompt = len(free.rows[q].tokens)
-        for at in range(3 * q, 3 * q + 3):
-            np.testing.assert_array_equal(rows.visual_index[at, :prompt], free.rows[q].visual_index)
-            assert (rows.visual_index[at, prompt:] == -1).all()
-
-
-def test_positions_continue_as_if_the_row_had_been_encoded_whole(questions, processor):
-    said = "<think>red</think>"
-    whole = encode_with_completion(
-        questions[0], processor, said, policy_in_prompt=False, loss_on="completion"
-    )
-    free = view(questions[:1], processor, aware=False)
-    completion = whole.tokens[whole.loss_mask]
-    lengths = np.array([[len(completion)]], np.int32)
-    rows = make_training_rows(free, completion[None, None], lengths, (128,))
-    length = len(whole.tokens)
-    np.testing.assert_array_equal(rows.tokens[0, :length], whole.tokens)
-    np.testing.assert_array_equal(rows.positions[0, :, :length], whole.positions)
-    np.testing.assert_array_equal(rows.loss_mask[0, :length], whole.loss_mask)
-    np.testing.assert_array_equal(rows.visual_index[0, :length], whole.visual_index)
-    assert rows.rope_delta[0] == whole.rope_delta
-
-
-def test_no_policy_text_is_in_any_training_row(training, questions, processor):
-    rows = training[-1]
-    lines = {line for question in questions for line in question.policy_text.splitlines()}
-    for tokens, length in zip(rows.tokens, rows.lengths, strict=True):
-        text = processor.tokenizer.decode(tokens[:length])
-        assert not [line for line in lines if line in text]
-
-
-def test_a_completion_that_fits_no_row_bucket_is_an_error(training):
-    free, tokens, lengths, _ = training
-    with pytest.raises(ValueError, match="more than the largest bucket"):
-        make_training_rows(free, tokens, lengths, (40,))
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=24),
+    st.sampled_from([1, 2, 4, 8, 16]),
+    st.sampled_from([1, 2, 4]),
+)
+def test_every_prompt_stands_alone_behind_its_own_policy(owners, max_chunk, multiple):
+    chunks = plan_chunks(owners, max_chunk, multiple)
+    assert len(set(chunks.row_of.tolist())) == len(owners)
+    for owner, row in zip(owners, chunks.row_of, strict=True):
+        assert chunks.policy_of[row // chunks.size] == owner
+    assert len(chunks.policy_of) % multiple == 0
+    assert chunks.size <= max_chunk
+    if chunks.size > 1:
+        assert len(chunks.policy_of) * chunks.size <= len(owners) * (1 + MAX_EMPTY_SHARE)
+    assert np.bincount(chunks.policy_of).size <= 5

@@ -8,18 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.rollouts.full_rows import completion_logprobs, full_rows
 from tests.tiny_model import load_tiny_processor, make_png, make_question, tiny_config, tiny_params
 from trimpi_jax.models import vlm
-from trimpi_jax.rollouts.groups import make_training_rows, make_view
-from trimpi_jax.rollouts.sampler import (
-    NEVER,
-    SamplerSettings,
-    allowed_tokens,
-    choose_tokens,
-    keep_top_p,
-    make_sampler,
-    prompt_ids,
+from trimpi_jax.rollouts.choosing import NEVER, SamplerSettings
+from trimpi_jax.rollouts.engine import (
+    answer,
+    encode_questions,
+    fetch,
+    make_engine,
+    make_free_view,
+    read_prompts,
 )
+from trimpi_jax.rollouts.groups import PromptSizes
+from trimpi_jax.rollouts.sampler import allowed_tokens, make_sampler, prompt_ids
+from trimpi_jax.sharding import make_mesh
 
 STEPS = 6
 # every tenth token or so ends a completion, so that some end early and some are cut off
@@ -35,36 +38,32 @@ QUESTIONS = [
 
 
 @functools.cache
-def params():
-    return tiny_params(CONFIG)
+def engine(tokens=80, windows=2):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    sizes = PromptSizes((tokens,), (windows,))
+    return make_engine(CONFIG, load_tiny_processor(), sizes, mesh, dtype="float32")
 
 
 @functools.cache
-def sampler(settings):
-    return make_sampler(CONFIG, settings, VOCABULARY)
+def weights():
+    return engine().load(tiny_params(CONFIG))
 
 
-def make_prompts(questions, *, tokens=80, windows=2, rows=None):
-    view = make_view(
-        questions,
-        load_tiny_processor(),
-        policy_in_prompt=False,
-        token_buckets=(tokens,),
-        windows=windows,
-        num_rows=rows,
-    )
-    ids = prompt_ids([question.example_id for question in questions], rows or len(questions))
-    return view, ids
+def view_of(questions, rows=None, **shape):
+    asked = encode_questions(engine(**shape), questions, aware=False)
+    return make_free_view(engine(**shape), asked, rows or len(questions))
 
 
-def sample(settings, questions, seed=0, **shape):
-    view, ids = make_prompts(questions, **shape)
-    return jax.device_get(sampler(settings)(params(), view.batch, jax.random.key(seed), ids))
+def sample(settings, questions, seed=0, rows=None, **shape):
+    view = view_of(questions, rows, **shape)
+    key = jax.random.key(seed)
+    asked = read_prompts(engine(**shape), weights(), view, None, settings, key, questions)
+    return fetch(view, answer(weights(), asked))
 
 
 @functools.cache
 def forward():
-    return jax.jit(lambda weights, batch: vlm.apply(weights, CONFIG, batch))
+    return jax.jit(lambda params, batch: vlm.apply(params, CONFIG, batch))
 
 
 @functools.cache
@@ -74,17 +73,14 @@ def samples():
 
 def test_greedy_is_the_argmax_of_the_whole_forward_pass_step_by_step():
     rollouts = sample(GREEDY, QUESTIONS)
-    view, _ = make_prompts(QUESTIONS)
+    prompts = view_of(QUESTIONS).batch
     tokens = np.zeros((3, 1, STEPS), np.int32)
     lengths = np.zeros((3, 1), np.int32)
     allowed = allowed_tokens(CONFIG, VOCABULARY)
     running = np.ones(3, bool)
     for step in range(STEPS):
-        rows = make_training_rows(view, tokens, lengths, (80 + STEPS,))
-        rows = rows.replace(
-            **{name: getattr(view.batch, name) for name in ("patches", "patch_hw", "patch_segment")}
-        )
-        logits = np.asarray(forward()(params(), rows))
+        rows = full_rows(prompts, tokens, lengths, 80 + STEPS)
+        logits = np.asarray(forward()(weights().params, rows))
         for q in np.flatnonzero(running):
             last = np.where(allowed, logits[q, rows.lengths[q] - 1], -np.inf)
             tokens[q, 0, step] = last.argmax()
@@ -97,21 +93,12 @@ def test_greedy_is_the_argmax_of_the_whole_forward_pass_step_by_step():
 
 def test_logprobs_are_those_of_the_training_graph():
     rollouts = samples()
-    view, _ = make_prompts(QUESTIONS)
-    rows = make_training_rows(view, rollouts.tokens, rollouts.lengths, (80 + STEPS,))
-    pictures = {
-        name: np.repeat(getattr(view.batch, name), 3, axis=0)
-        for name in ("patches", "patch_hw", "patch_segment")
-    }
-    logits = forward()(params(), rows.replace(**pictures))
-    # the sampler's distribution has no image tokens; the training graph's has
+    rows = full_rows(view_of(QUESTIONS).batch, rollouts.tokens, rollouts.lengths, 80 + STEPS)
+    logits = forward()(weights().params, rows)
     allowed = allowed_tokens(CONFIG, VOCABULARY)
-    expected = jax.nn.log_softmax(jnp.where(allowed[None, None], logits, NEVER))[:, :-1]
-    expected = np.take_along_axis(np.asarray(expected), rows.tokens[:, 1:, None], axis=-1)[..., 0]
-    for at in range(9):
-        count = rollouts.lengths[at // 3, at % 3]
-        found = rollouts.logprobs[at // 3, at % 3, :count]
-        np.testing.assert_allclose(found, expected[at][rows.loss_mask[at, 1:]], atol=1e-5)
+    logits = jax.nn.log_softmax(jnp.where(allowed[None, None], logits, NEVER))
+    expected = completion_logprobs(logits, rows, rollouts.lengths, STEPS)
+    np.testing.assert_allclose(rollouts.logprobs, expected, atol=1e-5)
 
 
 def test_a_completion_ends_with_its_first_stop_token_and_holds_nothing_after():
@@ -136,13 +123,43 @@ def test_a_sample_depends_on_its_prompt_and_number_only():
     more = sample(dataclasses.replace(SAMPLED, completions=16), QUESTIONS)
     np.testing.assert_array_equal(alone.tokens, expected.tokens[1:2])
     np.testing.assert_array_equal(reversed_order.tokens[::-1], expected.tokens)
-    np.testing.assert_array_equal(padded.tokens[:3], expected.tokens)
+    np.testing.assert_array_equal(padded.tokens, expected.tokens)
     np.testing.assert_array_equal(more.tokens[:, :3], expected.tokens)
-    np.testing.assert_allclose(padded.logprobs[:3], expected.logprobs, atol=1e-5)
+    np.testing.assert_allclose(padded.logprobs, expected.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_leaving_out_finished_rows_changes_nothing(every):
+    settings = dataclasses.replace(SAMPLED, completions=16)
+    plain = sample(settings, QUESTIONS, rows=4)
+    compacted = sample(dataclasses.replace(settings, compact_every=every), QUESTIONS, rows=4)
+    np.testing.assert_array_equal(compacted.tokens, plain.tokens)
+    np.testing.assert_array_equal(compacted.lengths, plain.lengths)
+    np.testing.assert_array_equal(compacted.stopped, plain.stopped)
+    np.testing.assert_allclose(compacted.logprobs, plain.logprobs, atol=1e-5)
+
+
+def test_programs_are_as_many_as_buckets():
+    settings = dataclasses.replace(SAMPLED, completions=5)
+    for _ in range(2):
+        for seed in range(3):
+            sample(settings, QUESTIONS, seed)
+            sample(settings, QUESTIONS, seed, tokens=112, windows=3)
+    for shape in ({}, {"tokens": 112, "windows": 3}):
+        programs = engine(**shape).sampler(settings)
+        for name in ("prefill", "begin", "decode"):
+            assert getattr(programs, name)._cache_size() == 1, name
+    # chunks of decode steps share the program of their shape: G = 16, 8, 4, 2, 1 at most
+    compacting = dataclasses.replace(settings, completions=16, compact_every=1)
+    for seed in range(3):
+        sample(compacting, QUESTIONS[:1], seed)
+    assert engine().sampler(compacting).decode._cache_size() <= 5
 
 
 def test_padding_rows_say_nothing():
-    padded = sample(SAMPLED, QUESTIONS, tokens=112, windows=3, rows=5)
+    view = view_of(QUESTIONS, rows=5)
+    asked = read_prompts(engine(), weights(), view, None, SAMPLED, jax.random.key(0), QUESTIONS)
+    padded = jax.device_get(answer(weights(), asked))
     assert not padded.lengths[3:].any()
     assert not padded.stopped[3:].any()
     assert not padded.tokens[3:].any()
@@ -171,9 +188,12 @@ def test_visual_tokens_are_never_sampled_however_likely(monkeypatch, settings):
     bias[..., wanted] = 1e4
     plain = vlm.logits
     monkeypatch.setattr(vlm, "logits", lambda *args: plain(*args) + bias)
-    view, ids = make_prompts(QUESTIONS[:2])
     biased = make_sampler(CONFIG, settings, unknown)
-    rollouts = jax.device_get(biased(params(), view.batch, jax.random.key(0), ids))
+    view = view_of(QUESTIONS[:2])
+    asked = read_prompts(
+        engine(), weights(), view, None, settings, jax.random.key(0), QUESTIONS[:2]
+    )
+    rollouts = fetch(view, answer(weights(), dataclasses.replace(asked, sampler=biased)))
     for q, g in np.ndindex(rollouts.lengths.shape):
         said = rollouts.tokens[q, g, : rollouts.lengths[q, g]]
         assert len(said)
@@ -189,79 +209,17 @@ def test_prompt_ids_depend_on_the_id_only():
     assert prompt_ids(["b"], 1)[0] == ids[1]
 
 
-def logits_of(*probabilities):
-    return jnp.log(jnp.array([[probabilities]], jnp.float32))
-
-
-@pytest.mark.parametrize(
-    ("top_p", "kept"),
-    [
-        (0.3, [0]),
-        (0.49, [0]),
-        (0.51, [0, 2]),  # 0.5 is not enough, 0.5 + 0.3 is
-        (0.79, [0, 2]),
-        (0.85, [0, 2, 3]),
-        (0.99, [0, 1, 2, 3]),
-    ],
-)
-def test_top_p_keeps_the_smallest_set_with_that_mass(top_p, kept):
-    logits = keep_top_p(logits_of(0.5, 0.05, 0.3, 0.15), top_p)[0, 0]
-    assert np.flatnonzero(logits > NEVER).tolist() == kept
-
-
-def draw(logits, settings, count=4000):
-    """Frequencies and log-probs of many draws from one distribution."""
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.arange(count))[None]
-    many = jnp.broadcast_to(logits, (1, count, logits.shape[-1]))
-    tokens, logprobs = choose_tokens(many, keys, jnp.int32(0), settings)
-    return np.bincount(tokens[0], minlength=logits.shape[-1]) / count, tokens[0], logprobs[0]
-
-
-def test_frequencies_are_the_probabilities():
-    # 4000 draws: 5 standard deviations of 0.5 are 0.04
-    shares, tokens, logprobs = draw(logits_of(0.5, 0.0, 0.3, 0.2), SAMPLED)
-    np.testing.assert_allclose(shares, [0.5, 0, 0.3, 0.2], atol=0.04)
-    assert shares[1] == 0
-    expected = np.log(np.array([0.5, 1, 0.3, 0.2]))[tokens]
-    np.testing.assert_allclose(logprobs, expected, atol=1e-5)
-
-
-def test_temperature_and_top_p_change_the_distribution_and_its_logprobs():
-    # temperature 1/2 squares: 0.25, 0.09, 0.04 of 0.38
-    half = dataclasses.replace(SAMPLED, temperature=0.5)
-    shares, tokens, logprobs = draw(logits_of(0.5, 0.3, 0.2), half)
-    squared = np.array([0.25, 0.09, 0.04]) / 0.38
-    np.testing.assert_allclose(shares, squared, atol=0.04)
-    np.testing.assert_allclose(logprobs, np.log(squared)[tokens], atol=1e-5)
-    # top_p 0.7 leaves 0.5 and 0.3, renormalised to 5/8 and 3/8
-    nucleus = dataclasses.replace(SAMPLED, top_p=0.7)
-    shares, tokens, logprobs = draw(logits_of(0.5, 0.3, 0.2), nucleus)
-    np.testing.assert_allclose(shares, [0.625, 0.375, 0], atol=0.04)
-    np.testing.assert_allclose(logprobs, np.log([0.625, 0.375, 1])[tokens], atol=1e-5)
-
-
-def test_another_step_is_another_draw():
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.arange(200))[None]
-    flat = jnp.zeros((1, 200, 50))
-    first, second, again = (
-        choose_tokens(flat, keys, jnp.int32(step), SAMPLED)[0] for step in (0, 1, 0)
+def test_the_decode_copy_is_cast_and_its_predecessor_is_gone():
+    params = jax.tree.map(jnp.asarray, tiny_params(CONFIG))
+    half = make_engine(
+        CONFIG, load_tiny_processor(), PromptSizes((80,), (2,)), engine().mesh, dtype="bfloat16"
     )
-    assert (first == again).all()
-    assert (first == second).mean() < 0.2  # 1 in 50 by chance
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"temperature": 0.0, "top_p": 0.9, "completions": 1}, "greedy decoding"),
-        ({"temperature": 0.0}, "greedy decoding"),  # three equal completions are no samples
-        ({"temperature": -1.0}, "temperature >= 0"),
-        ({"top_p": 0.0}, "0 < top_p <= 1"),
-        ({"top_p": 1.1}, "0 < top_p <= 1"),
-        ({"completions": 0}, "must be >= 1"),
-        ({"max_new_tokens": 0}, "must be >= 1"),
-    ],
-)
-def test_settings_without_meaning_are_errors(changes, message):
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(SAMPLED, **changes)
+    first = half.load(params)
+    matrix = first.decode["language"]["layers"][0]["q"]["kernel"]
+    assert matrix.dtype == jnp.bfloat16
+    assert first.decode["language"]["layers"][0]["input_norm"]["scale"].dtype == jnp.float32
+    second = half.load(params, first)
+    assert matrix.is_deleted()
+    assert second.decode["language"]["layers"][0]["q"]["kernel"].dtype == jnp.bfloat16
+    assert half.sync._cache_size() == 2  # without and with a predecessor
+    assert not jax.tree.leaves(params)[0].is_deleted()

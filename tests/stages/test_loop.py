@@ -54,6 +54,9 @@ class Toy:
     def evaluate(self, state, step):
         self.events.append(f"evaluate {step}")
 
+    def is_finished(self):
+        return False
+
     def run(self):
         progress = Progress(Console(quiet=True))
         progress.say = self.said.append
@@ -65,6 +68,7 @@ class Toy:
             self.take_step,
             progress,
             self.evaluate,
+            self.is_finished,
         )
 
 
@@ -80,7 +84,8 @@ def test_the_order_is_evaluate_save_fetch_step_log(tmp_path):
     toy.run()
     assert toy.events == [
         *("evaluate 0", "save 0", "fetch 0", "step 0", "fetch 1", "step 1"),
-        *("evaluate 2", "save 2", "fetch 2", "step 2", "log 3", "fetch 3", "step 3", "log 4"),
+        # the numbers of step 2 are looked at when step 3 is under way
+        *("evaluate 2", "save 2", "fetch 2", "step 2", "fetch 3", "step 3", "log 3", "log 4"),
         *("evaluate 4", "save 4"),
     ]
     assert [step for step, _ in read_losses(tmp_path)] == [0, 1, 2, 3]
@@ -103,6 +108,36 @@ def test_a_stop_request_saves_and_the_resumed_run_equals_the_unbroken_one(tmp_pa
     # 3 (3 (3 (3 (3 (1) + 2) + 3) + 4) + 5) + 6 = 543
     assert float(state["total"]) == float(expected["total"]) == 543
     assert read_losses(tmp_path / "broken") == UNBROKEN
+
+
+def test_a_stage_that_has_enough_ends_early_and_stays_ended(tmp_path):
+    toy = Toy(tmp_path)
+    toy.is_finished = lambda: toy.place >= 3
+    assert float(toy.run()["total"]) == 18  # 3 (3 (1) + 2) + 3
+    assert toy.events[-2:] == ["evaluate 3", "save 3"]
+    assert "ended early, at step 3" in toy.said[-1]
+    again = Toy(tmp_path)
+    again.is_finished = lambda: again.place >= 3
+    assert float(again.run()["total"]) == 18
+    assert not [event for event in again.events if event.startswith("step")]
+    assert [step for step, _ in read_losses(tmp_path)] == [0, 1, 2]
+
+
+def test_metrics_are_fetched_a_step_late_but_before_every_save(tmp_path):
+    toy = Toy(tmp_path, num_steps=4)
+    seen = []
+    plain = toy.take_step
+
+    def take_step(state, step, examples):
+        seen.append([line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")])
+        return plain(state, step, examples)
+
+    toy.take_step = take_step
+    toy.run()
+    # before step 1 nothing has been fetched; before step 2 there was a save
+    assert seen == [[], [], [0, 1], [0, 1]]
+    times = [line["time/step_s"] for line in read_metrics(tmp_path / "metrics.jsonl")]
+    assert all(seconds > 0 for seconds in times)
 
 
 def test_signal_handlers_are_put_back(tmp_path):

@@ -22,12 +22,10 @@ from scipy.stats import binomtest
 
 from data_pipelines.example import Example
 from trimpi_jax.grading.grader import grade_completions
-from trimpi_jax.inputs.batching import choose_bucket, make_batch
-from trimpi_jax.inputs.encode import encode_prompt
-from trimpi_jax.models.config import VLMConfig
-from trimpi_jax.models.processor import Processor, decode_completion
-from trimpi_jax.rollouts.sampler import SamplerSettings, make_sampler, prompt_ids
-from trimpi_jax.sharding import place_batch
+from trimpi_jax.inputs.encode import policy_key
+from trimpi_jax.models.processor import decode_completion
+from trimpi_jax.rollouts.choosing import SamplerSettings
+from trimpi_jax.rollouts.engine import Engine, Weights, ask, prompt_lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,87 +34,89 @@ class EvaluationSettings:
 
     rows: int
     max_new_tokens: int
-    prompt_buckets: tuple[int, ...]
-    windows: tuple[int, ...]  # buckets, as of the prompt tokens
     dtype: str = "float32"
     needs_think: bool = True
 
 
 class Evaluator:
-    """Holds the jitted sampler, so every evaluation of a run uses the same compiled programs."""
+    """Asks and grades through the rollout engine, so every evaluation uses the same programs."""
 
-    def __init__(
-        self,
-        config: VLMConfig,
-        processor: Processor,
-        settings: EvaluationSettings,
-        mesh: jax.sharding.Mesh,
-    ):
-        self.processor, self.settings, self.mesh = processor, settings, mesh
-        sampler = SamplerSettings(
+    def __init__(self, engine: Engine, settings: EvaluationSettings):
+        self.engine, self.settings = engine, settings
+        self.sampler = SamplerSettings(
             completions=1,
             max_new_tokens=settings.max_new_tokens,
             temperature=0.0,
             dtype=settings.dtype,
         )
-        self.sample = make_sampler(config, sampler, len(processor.tokenizer))
+        self.weights: Weights | None = None
+
+    def load(self, params: Any) -> None:
+        """Use these weights from now on."""
+        self.weights = self.engine.load(params, self.weights)
 
     def ask(
         self,
-        params: Any,
         examples: Sequence[Example],
         *,
         policy_in_prompt: bool,
         on_progress: Callable[[int], None] = lambda done: None,
     ) -> list[dict[str, Any]]:
         """One record per Example, in order; a prompt that fits no bucket is counted as wrong."""
-        rows = [
-            encode_prompt(example, self.processor, policy_in_prompt=policy_in_prompt)
-            for example in examples
-        ]
-        largest = max(self.settings.prompt_buckets)
         records: dict[int, dict[str, Any]] = {}
-        by_bucket: dict[int, list[int]] = collections.defaultdict(list)
-        for i, row in enumerate(rows):
-            if len(row.tokens) > largest or len(row.images.patches) > max(self.settings.windows):
-                records[i] = _record(examples[i], len(row.tokens), "", "prompt_too_long", 0.0)
-            else:
-                by_bucket[choose_bucket(len(row.tokens), self.settings.prompt_buckets)].append(i)
-        for bucket, members in sorted(by_bucket.items()):
-            for start in range(0, len(members), self.settings.rows):
-                chunk = members[start : start + self.settings.rows]
-                records.update(self._ask_chunk(params, examples, rows, chunk, bucket))
-                on_progress(len(records))
+        # questions about one policy go together: it is read once for all of them
+        order = list(range(len(examples)))
+        if policy_in_prompt:
+            order.sort(key=lambda i: policy_key(examples[i]))
+        start = 0
+        while start < len(order):
+            chunk = order[start : start + self.settings.rows]
+            if policy_in_prompt:
+                first = policy_key(examples[chunk[0]])
+                chunk = [i for i in chunk if policy_key(examples[i]) == first]
+            start += len(chunk)
+            records.update(self._ask_chunk(examples, chunk, policy_in_prompt))
+            on_progress(len(records))
         return [records[i] for i in range(len(examples))]
 
-    def _ask_chunk(self, params, examples, rows, chunk, bucket) -> dict[int, dict[str, Any]]:
-        windows = max(len(rows[i].images.patches) for i in chunk)
-        batch = make_batch(
-            [rows[i] for i in chunk],
-            num_rows=self.settings.rows,
-            num_tokens=bucket,
-            num_windows=choose_bucket(windows, self.settings.windows),
+    def _ask_chunk(
+        self, examples: Sequence[Example], chunk: Sequence[int], aware: bool
+    ) -> dict[int, dict[str, Any]]:
+        engine, rows = self.engine, self.settings.rows
+        assert self.weights is not None
+        questions, rollouts = ask(
+            engine,
+            self.weights,
+            [examples[i] for i in chunk],
+            self.sampler,
+            jax.random.key(0),
+            aware=aware,
+            num_rows=rows,
+            max_chunk=rows,
         )
-        ids = prompt_ids([examples[i].example_id for i in chunk], self.settings.rows)
-        rollouts = jax.device_get(
-            self.sample(params, place_batch(batch, self.mesh), jax.random.key(0), ids)
-        )
+        too_long = set(questions.dropped)
+        records = {
+            i: _record(examples[i], 0, "", "prompt_too_long", 0.0, {})
+            for i in chunk
+            if examples[i].example_id in too_long
+        }
         texts = [
-            decode_completion(self.processor, rollouts.tokens[at, 0, : rollouts.lengths[at, 0]])
-            for at in range(len(chunk))
+            decode_completion(engine.processor, rollouts.tokens[at, 0, : rollouts.lengths[at, 0]])
+            for at in range(len(questions.examples))
         ]
         grades = grade_completions(
             texts,
-            [examples[i] for i in chunk],
-            [bool(rollouts.stopped[at, 0]) for at in range(len(chunk))],
+            questions.examples,
+            [bool(ended) for ended in rollouts.stopped[:, 0]],
             needs_think=self.settings.needs_think,
         )
-        return {
-            i: _record(
-                examples[i], len(rows[i].tokens), text, grade.reason, grade.accuracy, grade.details
+        places = [i for i in chunk if i not in records]
+        lengths = prompt_lengths(questions, aware=aware)
+        for i, count, text, grade in zip(places, lengths, texts, grades, strict=True):
+            records[i] = _record(
+                examples[i], count, text, grade.reason, grade.accuracy, grade.details
             )
-            for i, text, grade in zip(chunk, texts, grades, strict=True)
-        }
+        return records
 
 
 def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

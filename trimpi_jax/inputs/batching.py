@@ -179,25 +179,26 @@ def fill_batch(rows: Sequence[EncodedRow], shapes: BatchShapes) -> Batch:
 
 
 def make_batch(
-    rows: Sequence[EncodedRow], *, num_rows: int, num_tokens: int, num_windows: int
+    rows: Sequence[EncodedRow | None], *, num_rows: int, num_tokens: int, num_windows: int
 ) -> Batch:
     """A Batch [num_rows, num_tokens] with `num_windows` vision windows a row.
 
-    Missing rows are padding with `valid` False and length 1 (so that no attention row is empty).
-    The batch has `segments` when one of the rows is packed.
+    Missing rows, None or after the last, are padding with `valid` False and length 1 (so that no
+    attention row is empty). The batch has `segments` when one of the rows is packed.
 
     Raises:
         ValueError: more rows, tokens or windows than the shape holds.
     """
-    tokens = max((len(row.tokens) for row in rows), default=0)
-    windows = max((len(row.images.patches) for row in rows), default=0)
+    real = [row for row in rows if row is not None]
+    tokens = max((len(row.tokens) for row in real), default=0)
+    windows = max((len(row.images.patches) for row in real), default=0)
     if len(rows) > num_rows or tokens > num_tokens or windows > num_windows:
         raise ValueError(
             f"{len(rows)} rows of up to {tokens} tokens and {windows} windows do not fit a batch of"
             f" {num_rows} rows, {num_tokens} tokens, {num_windows} windows"
         )
-    packed = any(row.segments is not None for row in rows)
-    slots, patch_bytes = rows[0].images.patches.shape[1:] if rows else (0, 0)
+    packed = any(row.segments is not None for row in real)
+    slots, patch_bytes = real[0].images.patches.shape[1:] if real else (0, 0)
     batch = Batch(
         tokens=np.zeros((num_rows, num_tokens), np.int32),
         loss_mask=np.zeros((num_rows, num_tokens), bool),
@@ -212,6 +213,8 @@ def make_batch(
         segments=np.zeros((num_rows, num_tokens), np.int32) if packed else None,
     )
     for i, row in enumerate(rows):
+        if row is None:
+            continue
         length, count = len(row.tokens), len(row.images.patches)
         batch.tokens[i, :length] = row.tokens
         batch.loss_mask[i, :length] = row.loss_mask

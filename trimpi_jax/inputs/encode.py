@@ -16,7 +16,8 @@ Next: trimpi_jax/inputs/batching.py
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -27,6 +28,9 @@ from trimpi_jax.models.processor import (
     Processor,
     encode_completion,
     encode_prompt_tokens,
+    encode_text,
+    expand_image_tokens,
+    render_prompt,
     resize_image,
 )
 
@@ -91,6 +95,68 @@ def encode_with_completion(
     return _encode(example, processor, policy_in_prompt, tokens, loss_on)
 
 
+class PolicyPrefix(NamedTuple):
+    """A policy document as it stands before every question about it."""
+
+    key: str  # equal for equal documents
+    text: str  # the rendered template up to the end of the document
+    row: EncodedRow  # its tokens and images
+
+
+def policy_key(example: Example) -> str:
+    """A name of the policy document, text and images; "" where there is none."""
+    if not example.policy_text:
+        return ""
+    digest = hashlib.sha256(example.policy_text.encode())
+    for image in example.policy_images:
+        digest.update(hashlib.sha256(image).digest())
+    return digest.hexdigest()
+
+
+def encode_policy_prefix(example: Example, processor: Processor) -> PolicyPrefix | None:
+    """The policy message alone, or None where the prompt does not begin with it.
+
+    Positions and tokens before the question do not depend on it, so their keys and values are the
+    same for all questions about the policy. A template that writes anything else first, or merges
+    tokens across the border, is found out here by encoding the whole prompt once.
+    """
+    policy, *_ = chat_messages(example, policy_in_prompt=True)
+    text = processor.tokenizer.apply_chat_template([policy], tokenize=False)
+    images = _resized(example, example.policy_images, processor)
+    sizes = [(image.shape[0], image.shape[1]) for image in images]
+    tokens = expand_image_tokens(processor, encode_text(processor, text), sizes)
+    packed = pack_images(images, processor.vision)
+    prefix = PolicyPrefix(policy_key(example), text, _row(tokens, packed, processor))
+    whole = encode_prompt(example, processor, policy_in_prompt=True)
+    if not render_prompt(processor, chat_messages(example, policy_in_prompt=True)).startswith(text):
+        return None
+    behind = encode_behind_policy(
+        example, processor, prefix, encode_prompt(example, processor, policy_in_prompt=False)
+    )
+    joined = np.concatenate([tokens, behind.tokens])
+    return prefix if np.array_equal(joined, whole.tokens) else None
+
+
+def encode_behind_policy(
+    example: Example, processor: Processor, prefix: PolicyPrefix, free: EncodedRow
+) -> EncodedRow:
+    """What follows the policy in a policy-aware prompt, its positions going on from there.
+
+    Args:
+        example: the record.
+        processor: of the model.
+        prefix: of its policy, from `encode_policy_prefix`.
+        free: the policy-free prompt of the same Example; its images are used again.
+    """
+    text = render_prompt(processor, chat_messages(example, policy_in_prompt=True))
+    tokens = encode_text(processor, text[len(prefix.text) :])
+    patch = processor.vision.patch_size
+    sizes = [(height * patch, width * patch) for _, height, width in free.images.grids]
+    row = _row(expand_image_tokens(processor, tokens, sizes), free.images, processor)
+    offset = len(prefix.row.tokens) + prefix.row.rope_delta
+    return row._replace(positions=row.positions + offset, rope_delta=row.rope_delta + offset)
+
+
 def chat_messages(example: Example, *, policy_in_prompt: bool) -> list[dict[str, Any]]:
     """The conversation: the policy (when asked for) as system, then images and query as user."""
     user: list[dict[str, str]] = [{"type": "image"} for _ in example.images]
@@ -134,10 +200,7 @@ def _encode(
     encoded_images = (*example.policy_images, *example.images)
     if not policy_in_prompt:
         encoded_images = example.images
-    images = [
-        resize_image(decode_image(data, f"example {example.example_id}, image {i}"), processor)
-        for i, data in enumerate(encoded_images)
-    ]
+    images = _resized(example, encoded_images, processor)
     prompt = encode_prompt_tokens(
         processor,
         chat_messages(example, policy_in_prompt=policy_in_prompt),
@@ -146,17 +209,28 @@ def _encode(
     tokens = prompt
     if completion_tokens is not None:
         tokens = np.concatenate([prompt, completion_tokens])
-    packed = pack_images(images, processor.vision)
+    row = _row(tokens, pack_images(images, processor.vision), processor)
+    if loss_on == "completion":
+        row.loss_mask[len(prompt) :] = True
+    elif loss_on == "text":
+        row.loss_mask[1:] = row.visual_index[1:] < 0
+    return row
+
+
+def _resized(example: Example, encoded: Sequence[bytes], processor: Processor) -> list[np.ndarray]:
+    return [
+        resize_image(decode_image(data, f"example {example.example_id}, image {i}"), processor)
+        for i, data in enumerate(encoded)
+    ]
+
+
+def _row(tokens: np.ndarray, packed: PackedImages, processor: Processor) -> EncodedRow:
+    """Tokens with their positions and images; nothing is a target yet."""
     positions, delta = mrope_positions(
         tokens, packed.grids, processor.image_token_id, processor.vision.merge_size
     )
-    is_visual = tokens == processor.image_token_id
     visual_index = np.full(len(tokens), -1, np.int32)
     if packed.slots:
-        visual_index[is_visual] = np.concatenate(packed.slots)
-    loss_mask = np.zeros(len(tokens), bool)
-    if loss_on == "completion":
-        loss_mask[len(prompt) :] = True
-    elif loss_on == "text":
-        loss_mask[1:] = ~is_visual[1:]
-    return EncodedRow(tokens, loss_mask, positions, delta, visual_index, packed)
+        visual_index[tokens == processor.image_token_id] = np.concatenate(packed.slots)
+    mask = np.zeros(len(tokens), bool)
+    return EncodedRow(tokens, mask, positions, delta, visual_index, packed)

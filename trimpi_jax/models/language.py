@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -29,13 +30,24 @@ from trimpi_jax.models.layers import (
     run_layers,
     weight,
 )
-from trimpi_jax.ops.attention import causal_attention, shared_prompt_attention
+from trimpi_jax.ops.attention import causal_attention
+from trimpi_jax.ops.branches import Shared, decode_attention
 from trimpi_jax.ops.kernels import flash_causal
 from trimpi_jax.ops.rotary import mrope_angles, rotate, text_angles
 from trimpi_jax.sharding import constrain, gather_weights, on_shards
 
 KeyValue = tuple[jax.Array, jax.Array]
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q, k, v) of whole rows -> values
+Attend = Callable[..., jax.Array]  # (q, k, v) of whole rows -> values
+
+
+@flax.struct.dataclass
+class DecodeContext:
+    """What stands before the completions, kept once: per layer, heads before tokens."""
+
+    trunk: list[Shared]  # [Q, K, T, H], the prompts
+    trunk_lengths: jax.Array  # int32 [Q]
+    prefix: list[Shared] | None = None  # [Z, K, P, H], policies that Q / Z prompts share
+    prefix_lengths: jax.Array | None = None  # int32 [Z]
 
 
 def linear_maps(config: TextConfig) -> dict[str, Linear]:
@@ -80,21 +92,26 @@ class LanguageLayer(nn.Module):
         x: jax.Array,
         cos: jax.Array,
         sin: jax.Array,
-        prompt_kv: KeyValue,
-        prompt_lengths: jax.Array,
-        cache: KeyValue,
+        own: Shared,
         step: jax.Array,
-    ) -> tuple[jax.Array, KeyValue]:
+        context: DecodeContext,
+        trunk: Shared,
+        prefix: Shared | None,
+    ) -> tuple[jax.Array, Shared]:
         """One token of G completions per prompt, [Q, G, D]; writes slot `step` of the cache."""
         q, k, v = self._project(x, cos, sin)
         zero = jnp.zeros((), jnp.int32)
-        at = (zero, zero, jnp.asarray(step, jnp.int32), zero, zero)
-        own_k, own_v = (
-            jax.lax.dynamic_update_slice(old, new[:, :, None].astype(old.dtype), at)
-            for old, new in zip(cache, (k, v), strict=True)
+        at = (zero, zero, zero, jnp.asarray(step, jnp.int32), zero)
+        own = Shared(
+            *(
+                jax.lax.dynamic_update_slice(old, new[:, :, :, None].astype(old.dtype), at)
+                for old, new in ((own.k, k), (own.v, v))
+            )
         )
-        attended = shared_prompt_attention(q, *prompt_kv, prompt_lengths, own_k, own_v, step)
-        return self._finish(x, attended), (own_k, own_v)
+        attended = decode_attention(
+            q, own, step, trunk, context.trunk_lengths, prefix, context.prefix_lengths
+        )
+        return self._finish(x, attended), own
 
     def _project(self, x, cos, sin):
         y = self.input_norm(x)
@@ -190,6 +207,7 @@ def run_language(
     remat: str,
     keep_kv: bool = False,
     attend: Attend = causal_attention,
+    per_layer: Any = None,
 ) -> tuple[jax.Array, list[Any]]:
     """All layers and the final norm over whole rows.
 
@@ -200,7 +218,8 @@ def run_language(
       positions: int32 [B, 3, T].
       layer_loop, remat: see `layers.run_layers`.
       keep_kv: also return every layer's keys and values.
-      attend: (q, k, v) of a whole row -> values.
+      attend: (q, k, v) of a whole row -> values; with `per_layer`, (q, k, v, that layer's part).
+      per_layer: a tree whose leaves lead with L, handed out layer by layer to `attend`.
 
     Returns:
       (hidden [B, T, D], per layer (k, v) [B, T, K, H] or None).
@@ -209,11 +228,14 @@ def run_language(
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     layer = LanguageLayer(config)
 
-    def body(x, weights):
-        x, key_value = call(layer, weights, x, cos, sin, attend)
+    def body(x, layer_inputs):
+        weights, extra = layer_inputs
+        see = attend if per_layer is None else functools.partial(_with_last, attend, extra)
+        x, key_value = call(layer, weights, x, cos, sin, see)
         return x, key_value if keep_kv else None
 
-    x, kept = run_layers(body, x, params["layers"], layer_loop=layer_loop, remat=remat)
+    stacked = (params["layers"], per_layer)
+    x, kept = run_layers(body, x, stacked, layer_loop=layer_loop, remat=remat)
     return final_norm(params, config, x), kept
 
 
@@ -223,11 +245,10 @@ def decode_language(
     config: TextConfig,
     x: jax.Array,
     positions: jax.Array,
-    prompt_kv: list[KeyValue],
-    prompt_lengths: jax.Array,
-    cache: list[KeyValue],
+    context: DecodeContext,
+    cache: list[Shared],
     step: jax.Array,
-) -> tuple[jax.Array, list[KeyValue]]:
+) -> tuple[jax.Array, list[Shared]]:
     """One token of every completion through all layers, unrolled: a scan would copy the cache.
 
     Args:
@@ -236,9 +257,8 @@ def decode_language(
       config: the language model.
       x: [Q, G, D] embedded tokens.
       positions: int32 [Q, G], the same on all three axes.
-      prompt_kv: per layer (k, v) [Q, T, K, H].
-      prompt_lengths: int32 [Q].
-      cache: per layer (k, v) [Q, G, S, K, H].
+      context: prompts, and the policies before them.
+      cache: per layer [Q, G, K, S, H].
       step: int scalar, the slot of this token.
 
     Returns:
@@ -247,12 +267,17 @@ def decode_language(
     angles = text_angles(positions, config.head_width, config.rope_theta)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     layer, written = LanguageLayer(config), []
-    for weights, shared, own in zip(layers, prompt_kv, cache, strict=True):
+    prefixes = context.prefix or [None] * len(layers)
+    for weights, own, trunk, prefix in zip(layers, cache, context.trunk, prefixes, strict=True):
         x, own = call(
-            layer, weights, x, cos, sin, shared, prompt_lengths, own, step, method="decode"
+            layer, weights, x, cos, sin, own, step, context, trunk, prefix, method="decode"
         )
         written.append(own)
     return final_norm(params, config, x), written
+
+
+def _with_last(attend, extra, q, k, v):
+    return attend(q, k, v, extra)
 
 
 def final_norm(params: Params, config: TextConfig, x: jax.Array) -> jax.Array:

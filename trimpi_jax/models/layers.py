@@ -108,7 +108,7 @@ def is_box(leaf: Any) -> bool:
     return isinstance(leaf, nn.meta.AxisMetadata)
 
 
-def unstack(stacked: Params) -> list[Params]:
+def unstack(stacked: Any) -> list[Any]:
     """[L, ...] leaves -> a list of L trees. Its gradient is one concatenation per leaf."""
     leaves, structure = jax.tree.flatten(stacked)
     depth = leaves[0].shape[0]
@@ -158,9 +158,9 @@ def cast_weights(params: Any, dtype: Any) -> Any:
 
 
 def run_layers(
-    body: Callable[[jax.Array, Params], tuple[jax.Array, Any]],
+    body: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
     x: jax.Array,
-    stacked: Params,
+    stacked: Any,
     *,
     layer_loop: str,
     remat: str,

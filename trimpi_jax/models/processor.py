@@ -227,10 +227,25 @@ def encode_prompt_tokens(
     Raises:
         ValueError: the template wrote another number of image marks than there are images.
     """
-    text = processor.tokenizer.apply_chat_template(
+    tokens = encode_text(processor, render_prompt(processor, messages))
+    return expand_image_tokens(processor, tokens, image_sizes)
+
+
+def render_prompt(processor: Processor, messages: Sequence[dict[str, Any]]) -> str:
+    """The chat as text, up to and with the assistant's header."""
+    return processor.tokenizer.apply_chat_template(
         list(messages), tokenize=False, add_generation_prompt=True
     )
-    tokens = encode_text(processor, text)
+
+
+def expand_image_tokens(
+    processor: Processor, tokens: np.ndarray, image_sizes: Sequence[tuple[int, int]]
+) -> np.ndarray:
+    """Each image mark repeated once per merged cell of its image; int32 [T].
+
+    Raises:
+        ValueError: another number of marks than of images.
+    """
     cell = processor.vision.patch_size * processor.vision.merge_size
     counts = [(height // cell) * (width // cell) for height, width in image_sizes]
     marks = np.flatnonzero(tokens == processor.image_token_id)

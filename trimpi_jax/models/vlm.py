@@ -3,6 +3,7 @@
     patches -> encode_images -> visual tokens
                                      |  visual_index: which token of the row is which visual token
     tokens  -> embedding  ------> hidden_states -> logits | token_logprobs
+                             |--> branch_hidden_states: a prompt and its R completions in one row
                              '--> prefill -> decode_step, decode_step, ...
 
 Weights are float32; `dtype` is what they are cast to when used. Norm statistics, softmax, rotary
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 
 from trimpi_jax.models.config import VLMConfig
 from trimpi_jax.models.language import (
+    DecodeContext,
     KeyValue,
     causal_kernel,
     declare_language,
@@ -30,6 +32,8 @@ from trimpi_jax.models.language import (
 )
 from trimpi_jax.models.layers import Params, is_box, unstack
 from trimpi_jax.models.vision import declare_vision, encode_patches
+from trimpi_jax.ops.attention import MASKED
+from trimpi_jax.ops.branches import Shared, branch_attention
 from trimpi_jax.ops.logprobs import chunked_logprobs
 from trimpi_jax.sharding import batch_degree, constrain
 from trimpi_jax.types import Batch
@@ -163,6 +167,69 @@ def apply(
     return logits(params, config, hidden)
 
 
+def branch_hidden_states(
+    params: Params,
+    config: VLMConfig,
+    prompts: Batch,
+    visual: jax.Array,
+    completions: jax.Array,
+    *,
+    dtype: Any = jnp.float32,
+    remat: str = "none",
+) -> jax.Array:
+    """States that predict every token of R completions of each prompt, the prompt computed once.
+
+        row       p p p p | a a a | b b b      T + R (S - 1) tokens; equals R rows of T + S - 1
+        returns           a0 a1 a2 a3, b0 ...  a0 is predicted by the last p
+
+    Args:
+      params: the weights.
+      config: the model.
+      prompts: Q rows; its patches are not looked at.
+      visual: [Q, M, D] of the prompts, from `encode_images`.
+      completions: int32 [Q, R, S], right-padded.
+      dtype: of the activations.
+      remat: keep only layer inputs for the backward pass.
+
+    Returns:
+      [Q, R, S, D] after the final norm, ready for the head; junk where there is no token.
+    """
+    rows, branches, size = completions.shape
+    length = prompts.tokens.shape[1]
+    x = _embed(params, config, prompts.tokens, visual, prompts.visual_index, jnp.dtype(dtype))
+    said = embed_tokens(params["language"], config.text, completions[:, :, :-1], x.dtype)
+    # [Q R S-1 D] -> [Q (R S-1) D], behind the prompt
+    x = constrain(jnp.concatenate([x, said.reshape(rows, -1, x.shape[-1])], axis=1), "batch")
+    after = (prompts.lengths + prompts.rope_delta)[:, None] + jnp.arange(size - 1)[None]
+    after = jnp.broadcast_to(after[:, None, None], (rows, 3, branches, size - 1))
+    positions = jnp.concatenate([prompts.positions, after.reshape(rows, 3, -1)], axis=2)
+
+    def attend(q, k, v):
+        trunk = [leaf[:, :length] for leaf in (q, k, v)]
+        own = [
+            leaf[:, length:].reshape(rows, branches, size - 1, *leaf.shape[2:])
+            for leaf in (q, k, v)
+        ]
+        on_trunk = causal_kernel(config.attention)(trunk[0], trunk[1], trunk[2])
+        on_own = branch_attention(own[0], own[1], own[2], trunk[1], trunk[2], prompts.lengths)
+        return jnp.concatenate([on_trunk, on_own.reshape(rows, -1, *q.shape[2:])], axis=1)
+
+    hidden, _ = run_language(
+        params["language"],
+        config.text,
+        x,
+        positions,
+        layer_loop=config.layer_loop,
+        remat=remat,
+        attend=attend,
+    )
+    last = jnp.maximum(prompts.lengths - 1, 0)[:, None, None]
+    first = jnp.take_along_axis(hidden[:, :length], last, axis=1)[:, None]
+    first = jnp.broadcast_to(first, (rows, branches, 1, hidden.shape[-1]))
+    others = hidden[:, length:].reshape(rows, branches, size - 1, -1)
+    return jnp.concatenate([first, others], axis=2)
+
+
 def token_logprobs(
     params: Params,
     config: VLMConfig,
@@ -171,6 +238,8 @@ def token_logprobs(
     chunk: int,
     *,
     needed: jax.Array | None = None,
+    allowed: jax.Array | None = None,
+    temperature: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
     """log p(target) and the entropy of the distribution, per token, in nats.
 
@@ -181,12 +250,18 @@ def token_logprobs(
       targets: int32 [...].
       chunk: tokens a device whose logits exist at a time; `chunk * V * 4` bytes.
       needed: bool [...], where the numbers are wanted; elsewhere they are 0. None = everywhere.
+      allowed: bool [V]; other tokens have probability 0. None = all.
+      temperature: the logits are divided by it.
 
     Returns:
       (logprobs float32 [...], entropy float32 [...]).
     """
-    chunk *= batch_degree()
-    return chunked_logprobs(lambda h: logits(params, config, h), hidden, targets, chunk, needed)
+
+    def head(h):
+        z = logits(params, config, h) / temperature
+        return z if allowed is None else jnp.where(allowed[None], z, MASKED)
+
+    return chunked_logprobs(head, hidden, targets, chunk * batch_degree(), needed)
 
 
 def prefill(
@@ -199,16 +274,30 @@ def prefill(
     visual_index: jax.Array,
     *,
     dtype: Any = jnp.float32,
+    prefix: list[KeyValue] | None = None,
+    prefix_lengths: jax.Array | None = None,
 ) -> tuple[jax.Array, list[KeyValue]]:
     """Reads the prompts once.
 
     Args:
       As for `hidden_states`, one row per prompt.
+      prefix: per layer (k, v) [Z, P, K, H] of what stands before the rows, each for Q / Z
+        neighbouring rows; the rows' positions go on from there.
+      prefix_lengths: int32 [Z].
 
     Returns:
       (last_hidden [B, D] of the last real token, per layer (k, v) [B, T, K, H]).
     """
     x = _embed(params, config, tokens, visual, visual_index, jnp.dtype(dtype))
+
+    def behind_prefix(q, k, v, kv):
+        def grouped(leaf):  # [(Z c) T ...] -> [Z c T ...]
+            return leaf.reshape(kv[0].shape[0], -1, *leaf.shape[1:])
+
+        assert prefix_lengths is not None
+        seen = branch_attention(grouped(q), grouped(k), grouped(v), kv[0], kv[1], prefix_lengths)
+        return seen.reshape(q.shape)
+
     hidden, prompt_kv = run_language(
         params["language"],
         config.text,
@@ -216,57 +305,56 @@ def prefill(
         positions,
         layer_loop=config.layer_loop,
         remat="none",
-        attend=causal_kernel(config.attention),
         keep_kv=True,
+        attend=causal_kernel(config.attention) if prefix is None else behind_prefix,
+        per_layer=None if prefix is None else jax.tree.map(lambda *kv: jnp.stack(kv), *prefix),
     )
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     return jnp.take_along_axis(hidden, last, axis=1)[:, 0], prompt_kv
 
 
 def decode_step(
-    layer_params_list: list[Params],
-    params: Params,
+    weights: Params,
     config: VLMConfig,
     tokens: jax.Array,
     positions: jax.Array,
-    prompt_kv: list[KeyValue],
-    prompt_lengths: jax.Array,
-    cache: list[KeyValue],
+    context: DecodeContext,
+    cache: list[Shared],
     step: jax.Array,
-) -> tuple[jax.Array, list[KeyValue]]:
+) -> tuple[jax.Array, list[Shared]]:
     """One token further in each of G completions of Q prompts; the prompt is kept once.
 
     Args:
-      layer_params_list: from `unstack_layers`, made once outside the loop.
-      params: the weights (embedding, final norm).
+      weights: from `decode_weights`.
       config: the model.
       tokens: int32 [Q, G], the tokens just sampled.
       positions: int32 [Q, G], lengths + rope_delta + step, the same on all three axes.
-      prompt_kv: per layer (k, v) [Q, T, K, H], from `prefill`.
-      prompt_lengths: int32 [Q].
-      cache: per layer (k, v) [Q, G, S, K, H]; its dtype is that of the activations.
+      context: the prompts' keys and values, from `prefill` through `branches.share`.
+      cache: per layer [Q, G, K, S, H]; its dtype is that of the activations.
       step: int scalar in [0, S), the slot these tokens take.
 
     Returns:
       (hidden [Q, G, D] ready for `logits`, the cache).
     """
-    x = embed_tokens(params["language"], config.text, tokens, cache[0][0].dtype)
+    language = weights["language"]
+    x = embed_tokens(language, config.text, tokens, cache[0].k.dtype)
     return decode_language(
-        layer_params_list,
-        params["language"],
-        config.text,
-        x,
-        positions,
-        prompt_kv,
-        prompt_lengths,
-        cache,
-        step,
+        language["layers"], language, config.text, x, positions, context, cache, step
     )
 
 
-def unstack_layers(params: Params) -> list[Params]:
-    """The language layers as a list of trees, for `decode_step`."""
-    return unstack(params["language"]["layers"])
+def decode_weights(params: Params, dtype: Any) -> Params:
+    """The language model for decoding: layers as a list, matrices in `dtype`, norms as they are.
+
+    A scan over stacked layers would copy the cache every step; casting inside the loop would read
+    float32 weights every step. Make it once per version of the weights; `logits` takes it as well.
+    """
+
+    def cast(path, leaf):
+        return leaf if path[-1].key == "scale" else leaf.astype(dtype)
+
+    language = jax.tree_util.tree_map_with_path(cast, params["language"])
+    return {"language": {**language, "layers": unstack(language["layers"])}}
 
 
 def _declare(config: VLMConfig, key: jax.Array) -> Params:

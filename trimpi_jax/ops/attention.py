@@ -66,53 +66,6 @@ def segment_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Arr
     return _attend(q, k, v, visible)
 
 
-def shared_prompt_attention(
-    q: jax.Array,
-    prompt_k: jax.Array,
-    prompt_v: jax.Array,
-    prompt_lengths: jax.Array,
-    own_k: jax.Array,
-    own_v: jax.Array,
-    step: jax.Array,
-) -> jax.Array:
-    """One decoding step of G completions that share the keys and values of one prompt.
-
-    One softmax over prompt slots `t < prompt_lengths` and own slots `s <= step`; the prompt is
-    never copied G times.
-
-    Args:
-      q: [Q, G, N, H], one query per completion.
-      prompt_k, prompt_v: [Q, T, K, H].
-      prompt_lengths: int [Q].
-      own_k, own_v: [Q, G, S, K, H], slot `step` already written.
-      step: int scalar.
-
-    Returns:
-      [Q, G, N, H] in the dtype of q.
-    """
-    prompts, completions, n, h = q.shape
-    t, kv_heads = prompt_k.shape[1:3]
-    s = own_k.shape[2]
-    grouped = q.reshape(prompts, completions, kv_heads, n // kv_heads, h)  # N -> K J
-    on_prompt = jnp.einsum(
-        "qgkjh,qtkh->qgkjt", grouped, prompt_k, preferred_element_type=jnp.float32
-    )
-    on_own = jnp.einsum("qgkjh,qgskh->qgkjs", grouped, own_k, preferred_element_type=jnp.float32)
-    see_prompt = jnp.arange(t)[None] < prompt_lengths[:, None]
-    see_own = jnp.arange(s) <= step
-    logits = jnp.concatenate(
-        [
-            jnp.where(see_prompt[:, None, None, None, :], on_prompt, MASKED),
-            jnp.where(see_own[None, None, None, None, :], on_own, MASKED),
-        ],
-        axis=-1,
-    )
-    weights = jax.nn.softmax(logits * h**-0.5, axis=-1).astype(q.dtype)
-    out = jnp.einsum("qgkjt,qtkh->qgkjh", weights[..., :t], prompt_v)
-    out = out + jnp.einsum("qgkjs,qgskh->qgkjh", weights[..., t:], own_v)
-    return out.reshape(prompts, completions, n, h)  # K J -> N
-
-
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array | np.ndarray) -> jax.Array:
     """Dense attention; `visible` is bool [B, T, S] or [1, T, S]."""
     b, t, n, h = q.shape

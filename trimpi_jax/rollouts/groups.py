@@ -1,136 +1,148 @@
-"""PolicyRollout's two views of a prompt, and the training rows of its joint group.
+"""PolicyRollout's two views of a prompt, as batches: host side, numpy.
 
     policy-free    system: default       user: image, query     -> G rollouts (2G without PoRo)
     policy-aware   system: the policy    user: image, query     -> G rollouts
-    training       the policy-free prompt followed by each of the 2G completions
+
+A policy comes first in the policy-aware prompt, so it is read once and shared. The prompts of one
+policy are laid out next to each other, in chunks of equal size behind one copy of its keys and
+values; `-` is an empty row:
+
+    prompts of policies   A B A A B A        chunks of 2    A: 0 2   A: 3 5   B: 1 4
+    prompts of policies   A B A A            chunks of 2    A: 0 2   A: 3 -   B: 1 -
 
 Source: paper section 4 (PolicyRollout).
-Next: trimpi_jax/grading/answers.py
+Next: trimpi_jax/rollouts/choosing.py
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines.example import Example
 from trimpi_jax.inputs.batching import choose_bucket, make_batch
-from trimpi_jax.inputs.encode import EncodedRow, encode_prompt
-from trimpi_jax.models.processor import Processor
+from trimpi_jax.inputs.encode import EncodedRow, PolicyPrefix
 from trimpi_jax.types import Batch
 
 VIEWS = ("policy_free", "policy_aware")
+MAX_EMPTY_SHARE = 0.25  # of the rows that chunks may leave empty
 
 
-def fits(
-    example: Example,
-    processor: Processor,
-    *,
-    with_policy: bool,
-    token_buckets: Sequence[int],
-    windows: int,
-) -> bool:
-    """Whether every view of a prompt that will be sampled from fits the largest bucket."""
-    rows = [
-        encode_prompt(example, processor, policy_in_prompt=aware)
-        for aware in ((False, True) if with_policy else (False,))
-    ]
-    return all(
-        len(row.tokens) <= max(token_buckets) and len(row.images.patches) <= windows for row in rows
-    )
+@dataclasses.dataclass(frozen=True)
+class PromptSizes:
+    """Shapes that prompts may take: buckets of tokens, and of vision windows a row."""
+
+    token_buckets: tuple[int, ...]
+    window_buckets: tuple[int, ...]
 
 
 class View(NamedTuple):
-    """One view of Q prompts: encoded rows and the batch made of them."""
+    """One view of Q prompts, ready for the sampler."""
 
-    rows: list[EncodedRow]
+    rows: list[EncodedRow]  # of the Q prompts, in their order; behind the policy, where it is apart
     batch: Batch
+    row_of: np.ndarray  # int32 [Q], the batch row of each prompt
+    policies: list[PolicyPrefix]  # documents apart from the prompts; empty = none is
+    policy_of: np.ndarray  # int32 [Z], the document before each chunk of the batch
 
 
-def make_view(
-    examples: Sequence[Example],
-    processor: Processor,
-    *,
-    policy_in_prompt: bool,
-    token_buckets: Sequence[int],
-    windows: int,
-    num_rows: int | None = None,
-) -> View:
-    """Prompts of one view in the smallest bucket that holds them all.
+class Chunks(NamedTuple):
+    """Where prompts stand behind shared policies."""
 
-    Raises:
-        ValueError: naming the examples that fit no bucket (nothing is cut).
-    """
-    rows = [
-        encode_prompt(example, processor, policy_in_prompt=policy_in_prompt) for example in examples
-    ]
-    too_long = [
-        f"{example.example_id}: {len(row.tokens)} tokens, {len(row.images.patches)} windows"
-        for example, row in zip(examples, rows, strict=True)
-        if len(row.tokens) > max(token_buckets) or len(row.images.patches) > windows
-    ]
-    if too_long:
-        raise ValueError(
-            f"{len(too_long)} prompts fit no bucket of {sorted(token_buckets)} tokens and"
-            f" {windows} windows (nothing is cut): {too_long[:4]}. Add a larger bucket."
-        )
-    longest = max(len(row.tokens) for row in rows)
+    row_of: np.ndarray  # int32 [Q]
+    policy_of: np.ndarray  # int32 [Z], number of the policy of each chunk
+    size: int  # rows a chunk
+
+
+def plain_view(rows: list[EncodedRow], sizes: PromptSizes, num_rows: int) -> View:
+    """Prompts in order, in the smallest bucket that holds them all, each with all its tokens."""
     batch = make_batch(
         rows,
-        num_rows=num_rows or len(rows),
-        num_tokens=choose_bucket(longest, token_buckets),
-        num_windows=windows,
+        num_rows=num_rows,
+        num_tokens=choose_bucket(max(len(row.tokens) for row in rows), sizes.token_buckets),
+        num_windows=choose_bucket(
+            max(len(row.images.patches) for row in rows), sizes.window_buckets
+        ),
     )
-    return View(rows, batch)
+    place = np.arange(len(rows), dtype=np.int32)
+    return View(rows, batch, place, [], np.zeros((0,), np.int32))
 
 
-def make_training_rows(
-    free: View, tokens: np.ndarray, lengths: np.ndarray, token_buckets: Sequence[int]
-) -> Batch:
-    """The policy-free prompts continued by their completions, as a Batch of Q * R rows.
-
-    The rows carry no patches (W = 0): the images are encoded once per prompt and their visual
-    tokens repeated for the R rollouts, in the same order (row q * R + i).
+def shared_view(
+    rows: list[EncodedRow],
+    policies: list[PolicyPrefix],
+    owners: Sequence[int],
+    sizes: PromptSizes,
+    num_rows: int,
+    *,
+    max_chunk: int,
+    rows_multiple: int = 1,
+) -> View:
+    """Prompts behind their policies, which stand apart and are shared; no images.
 
     Args:
-        free: the policy-free view of Q prompts.
-        tokens: int32 [Q, R, S] completions.
-        lengths: int32 [Q, R].
-        token_buckets: allowed row lengths.
+        rows: what follows the policy, from `encode_behind_policy`.
+        policies: the documents, each once.
+        owners: the number of each row's document.
+        sizes: allowed shapes.
+        num_rows: prompts that the layout makes room for.
+        max_chunk: prompts that may share one copy of a policy while decoding.
+        rows_multiple: the number of chunks must be a multiple of it (devices of the batch axes).
     """
-    num_prompts, rollouts = lengths.shape
-    longest = max(
-        len(row.tokens) + int(lengths[q].max(initial=0)) for q, row in enumerate(free.rows)
+    padded = [*owners, *[owners[-1]] * (num_rows - len(owners))]
+    chunks = plan_chunks(padded, max_chunk, rows_multiple)
+    count = len(chunks.policy_of) * chunks.size
+    in_order: list[EncodedRow | None] = [None] * count
+    for row, place in zip(rows, chunks.row_of, strict=False):
+        in_order[place] = without_images(row)  # the visual tokens are those of the free view
+    batch = make_batch(
+        in_order,
+        num_rows=count,
+        num_tokens=choose_bucket(max(len(row.tokens) for row in rows), sizes.token_buckets),
+        num_windows=0,
     )
-    size = choose_bucket(longest, token_buckets)
-    rows = num_prompts * rollouts
-    slots, patch_bytes = free.batch.patches.shape[2:]
-    batch = Batch(
-        tokens=np.zeros((rows, size), np.int32),
-        loss_mask=np.zeros((rows, size), bool),
-        lengths=np.ones((rows,), np.int32),
-        positions=np.zeros((rows, 3, size), np.int32),
-        rope_delta=np.zeros((rows,), np.int32),
-        visual_index=np.full((rows, size), -1, np.int32),
-        patches=np.zeros((rows, 0, slots, patch_bytes), np.uint8),
-        patch_hw=np.zeros((rows, 0, slots, 2), np.int32),
-        patch_segment=np.zeros((rows, 0, slots), np.int32),
-        valid=np.zeros((rows,), bool),
-    )
-    for q, row in enumerate(free.rows):
-        prompt = len(row.tokens)
-        for i in range(rollouts):
-            at, count = q * rollouts + i, int(lengths[q, i])
-            batch.tokens[at, :prompt] = row.tokens
-            batch.tokens[at, prompt : prompt + count] = tokens[q, i, :count]
-            batch.loss_mask[at, prompt : prompt + count] = True
-            batch.lengths[at] = prompt + count
-            batch.positions[at, :, :prompt] = row.positions
-            following = prompt + row.rope_delta + np.arange(count, dtype=np.int32)
-            batch.positions[at, :, prompt : prompt + count] = following[None]
-            batch.rope_delta[at] = row.rope_delta
-            batch.visual_index[at, :prompt] = row.visual_index
-            batch.valid[at] = True
-    return batch
+    return View(rows, batch, chunks.row_of[: len(rows)], policies, chunks.policy_of)
+
+
+def plan_chunks(owners: Sequence[int], max_chunk: int, rows_multiple: int = 1) -> Chunks:
+    """Lay prompts out in chunks of one policy each; the largest chunks that leave few rows empty.
+
+    Args:
+        owners: the policy number of each prompt.
+        max_chunk: largest chunk; chunks are powers of two.
+        rows_multiple: the number of chunks becomes a multiple of it.
+    """
+    policies = np.asarray(owners, np.int32)
+    limit = len(owners) * (1 + MAX_EMPTY_SHARE)
+    size = 1
+    while size * 2 <= min(max_chunk, len(owners)):
+        size *= 2
+    while size > 1:
+        chunks = sum(-(-int(count) // size) for count in np.bincount(policies))
+        if -(-chunks // rows_multiple) * rows_multiple * size <= limit:
+            break
+        size //= 2
+    row_of = np.zeros(len(owners), np.int32)
+    policy_of: list[int] = []
+    for owner in np.unique(policies):
+        members = np.flatnonzero(policies == owner)
+        row_of[members] = len(policy_of) * size + np.arange(len(members))
+        policy_of += [int(owner)] * -(-len(members) // size)
+    while len(policy_of) % rows_multiple:
+        policy_of.append(policy_of[-1])
+    return Chunks(row_of, np.asarray(policy_of, np.int32), size)
+
+
+def without_images(row: EncodedRow) -> EncodedRow:
+    """The row with no patches; its `visual_index` still points into the visual tokens."""
+    images = row.images
+    empty = {name: getattr(images, name)[:0] for name in ("patches", "patch_hw", "patch_segment")}
+    return row._replace(images=images._replace(**empty))
+
+
+def fits(row: EncodedRow, sizes: PromptSizes, *, images: bool = True) -> bool:
+    """Whether a row fits the largest bucket; without `images`, its tokens only."""
+    windows = len(row.images.patches) if images else 0
+    return len(row.tokens) <= max(sizes.token_buckets) and windows <= max(sizes.window_buckets)

@@ -1,12 +1,17 @@
-"""Sample completions: one jitted prefill, one `lax.while_loop` decode with a KV cache.
+"""Sample completions: a jitted prefill, then a jitted `lax.while_loop` decode with a KV cache.
 
-In: a Batch of Q prompts. Out: Rollouts [Q, G]. The prompt's keys and values are computed once and
-shared by its G completions. A sample depends only on (seed, step, prompt id, view, sample number):
-its key is folded in from these down to the decode step, so neither the batch it shares nor the
-bucket nor the number of devices changes it (up to float noise in the logits).
+    images   -> encode_images   once per weight version, for both views and for scoring
+    policy   -> read_prefix     once per policy and weight version, shared by its prompts
+    prompts  -> prefill         once per prompt, shared by its G completions
+    tokens   -> decode          until all rows are done; finished rows are left out now and then
 
-Source: inverse-CDF sampling from one uniform number a token; top-p, arXiv:1904.09751.
-Next: trimpi_jax/rollouts/groups.py
+Decoding reads a copy of the weights in the compute dtype, a list of layers, made by one jitted cast
+whose old copy is donated. Nothing comes to the host token by token.
+
+A sample depends only on (seed, step, prompt id, view, sample number): not on the batch it shares,
+the bucket, the number of devices, or compaction (up to float noise in the logits).
+
+Next: trimpi_jax/rollouts/prefix.py
 """
 
 from __future__ import annotations
@@ -16,40 +21,61 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from trimpi_jax.models import vlm
 from trimpi_jax.models.config import VLMConfig
+from trimpi_jax.models.language import DecodeContext, KeyValue
+from trimpi_jax.ops.branches import Shared, share
+from trimpi_jax.rollouts.choosing import NEVER, SamplerSettings, choose_tokens, uniforms
 from trimpi_jax.types import Batch, Rollouts
 
-NEVER = -1e30  # a logit that no sample can have; finite, so that 0 * NEVER stays a number
+
+@flax.struct.dataclass
+class Prefix:
+    """Policies before the prompts: policy z stands before prompts z * Q / Z and following."""
+
+    kv: list[KeyValue]  # per layer (k, v) [Z, P, K, H]
+    lengths: jax.Array  # int32 [Z]
+
+
+@flax.struct.dataclass
+class Standing:
+    """What does not change while a batch is decoded."""
+
+    context: DecodeContext
+    uniforms: jax.Array  # float32 [Q, G, S]
+    after_prompt: jax.Array  # int32 [Q], position of the first token of a completion
+    row: jax.Array  # int32 [Q, G], where the completion stood before any compaction
+
+
+@flax.struct.dataclass
+class Decoding:
+    """What changes with every token; donated from one call to the next."""
+
+    step: jax.Array  # int32 scalar, tokens chosen so far
+    hidden: jax.Array  # [Q, G, D], the state that predicts the next token
+    cache: list[Shared]  # per layer [Q, G, K, S, H]
+    done: jax.Array  # bool [Q, G]
+    tokens: jax.Array  # int32 [Q, G, S]
+    logprobs: jax.Array  # float32 [Q, G, S]
+    lengths: jax.Array  # int32 [Q, G]
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplerSettings:
-    """Static settings: each combination is one compiled program per bucket.
+class Sampler:
+    """The jitted programs of one combination of settings; make it once, with `make_sampler`."""
 
-    temperature 0 is greedy (and then top_p must be 1).
-    """
-
-    completions: int  # G
-    max_new_tokens: int  # S
-    temperature: float = 1.0
-    top_p: float = 1.0
-    dtype: str = "float32"
-
-    def __post_init__(self):
-        problems = []
-        if self.completions < 1 or self.max_new_tokens < 1:
-            problems.append("completions and max_new_tokens must be >= 1")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            problems.append("temperature >= 0 and 0 < top_p <= 1")
-        if self.temperature == 0 and (self.top_p != 1 or self.completions != 1):
-            problems.append("greedy decoding (temperature 0) takes top_p 1 and one completion")
-        if problems:
-            raise ValueError(f"sampler: {'; '.join(problems)}; got {self}")
+    settings: SamplerSettings
+    prefill: Callable[..., tuple[Standing, jax.Array]]
+    begin: Callable[[jax.Array, np.ndarray], Decoding]
+    decode: Callable[[Any, Standing, Decoding, int], Decoding]
+    count_running: Callable[[Decoding], tuple[jax.Array, jax.Array]]
+    compact: Callable[..., tuple[Standing, Decoding]]
+    collect: Callable[[Rollouts, Standing, Decoding], Rollouts]
 
 
 def prompt_ids(example_ids: Sequence[str], num_rows: int) -> np.ndarray:
@@ -74,10 +100,51 @@ def allowed_tokens(config: VLMConfig, vocabulary: int) -> np.ndarray:
     return allowed
 
 
-def make_sampler(
-    config: VLMConfig, settings: SamplerSettings, vocabulary: int
-) -> Callable[[Any, Batch, jax.Array, np.ndarray], Rollouts]:
-    """A jitted `sample(params, prompts, key, prompt_ids) -> Rollouts`; make it once.
+def make_image_encoder(config: VLMConfig, dtype: str) -> Callable[[Any, Batch], jax.Array]:
+    """A jitted `encode(params, batch) -> visual [Q, M, D]`."""
+
+    def encode(params, patches, patch_hw, patch_segment):
+        return vlm.encode_images(params, config, patches, patch_hw, patch_segment, dtype=dtype)
+
+    jitted = jax.jit(encode)
+    # only the images are handed over: another bucket of tokens is no new program
+    return lambda params, batch: jitted(params, batch.patches, batch.patch_hw, batch.patch_segment)
+
+
+def make_weight_sync(dtype: str) -> Callable[[Any, Any], Any]:
+    """A jitted `sync(params, old) -> weights` for decoding; `old` (or None) is donated."""
+
+    def sync(params, old):
+        del old  # its memory is what the new copy is written into
+        return vlm.decode_weights(params, dtype)
+
+    return jax.jit(sync, donate_argnums=1, keep_unused=True)
+
+
+def make_prefix_reader(config: VLMConfig, dtype: str) -> Callable[[Any, Batch], list[KeyValue]]:
+    """A jitted `read(params, policies) -> kv`: policy documents [Z, P] as keys and values."""
+
+    def read(params: Any, policies: Batch) -> list[KeyValue]:
+        visual = vlm.encode_images(
+            params, config, policies.patches, policies.patch_hw, policies.patch_segment, dtype=dtype
+        )
+        _, kv = vlm.prefill(
+            params,
+            config,
+            policies.tokens,
+            policies.positions,
+            policies.lengths,
+            visual,
+            policies.visual_index,
+            dtype=dtype,
+        )
+        return kv
+
+    return jax.jit(read)
+
+
+def make_sampler(config: VLMConfig, settings: SamplerSettings, vocabulary: int) -> Sampler:
+    """The jitted programs that `sample` drives.
 
     Args:
         config: of the model.
@@ -86,18 +153,10 @@ def make_sampler(
     """
     allowed = allowed_tokens(config, vocabulary)[None, None]
     stop_ids = np.asarray(config.eos_token_ids, np.int32)[None, None]
-    num_samples, num_steps = settings.completions, settings.max_new_tokens
+    count, num_steps = settings.completions, settings.max_new_tokens
 
-    def sample(params: Any, prompts: Batch, key: jax.Array, ids: jax.Array) -> Rollouts:
-        visual = vlm.encode_images(
-            params,
-            config,
-            prompts.patches,
-            prompts.patch_hw,
-            prompts.patch_segment,
-            dtype=settings.dtype,
-        )
-        last, prompt_kv = vlm.prefill(
+    def prefill(params, prompts: Batch, visual, key, ids, prefix: Prefix | None):
+        last, kv = vlm.prefill(
             params,
             config,
             prompts.tokens,
@@ -106,104 +165,192 @@ def make_sampler(
             visual,
             prompts.visual_index,
             dtype=settings.dtype,
+            prefix=None if prefix is None else prefix.kv,
+            prefix_lengths=None if prefix is None else prefix.lengths,
         )
-        keys = sample_keys(key, ids, num_samples)  # [Q, G]
         rows = prompts.tokens.shape[0]
-        layers = vlm.unstack_layers(params)
-        shape = (rows, num_samples, num_steps, config.text.kv_heads, config.text.head_width)
-        zeros = jnp.zeros(shape, settings.dtype)
-        cache = [(zeros, zeros) for _ in range(config.text.depth)]
-        hidden = jnp.broadcast_to(last[:, None], (rows, num_samples, last.shape[-1]))
-        finished = jnp.broadcast_to(~prompts.valid[:, None], (rows, num_samples))
-        after_prompt = (prompts.lengths + prompts.rope_delta)[:, None]
-        start = (
-            jnp.zeros((), jnp.int32),
-            hidden,
-            cache,
-            finished,
-            jnp.zeros((rows, num_samples, num_steps), jnp.int32),
-            jnp.zeros((rows, num_samples, num_steps), jnp.float32),
-            jnp.zeros((rows, num_samples), jnp.int32),
+        standing = Standing(
+            context=DecodeContext(
+                trunk=[share(one) for one in kv],
+                trunk_lengths=prompts.lengths,
+                prefix=None if prefix is None else [share(one) for one in prefix.kv],
+                prefix_lengths=None if prefix is None else prefix.lengths,
+            ),
+            uniforms=uniforms(key, ids, count, num_steps),
+            after_prompt=prompts.lengths + prompts.rope_delta,
+            row=jnp.arange(rows * count, dtype=jnp.int32).reshape(rows, count),
+        )
+        return standing, last
+
+    def begin(last, valid):
+        rows = last.shape[0]
+        shape = (rows, count, config.text.kv_heads, num_steps, config.text.head_width)
+        return Decoding(
+            step=jnp.zeros((), jnp.int32),
+            hidden=jnp.broadcast_to(last[:, None], (rows, count, last.shape[-1])),
+            cache=[
+                Shared(jnp.zeros(shape, settings.dtype), jnp.zeros(shape, settings.dtype))
+                for _ in range(config.text.depth)
+            ],
+            done=jnp.broadcast_to(~valid[:, None], (rows, count)),
+            tokens=jnp.zeros((rows, count, num_steps), jnp.int32),
+            logprobs=jnp.zeros((rows, count, num_steps), jnp.float32),
+            lengths=jnp.zeros((rows, count), jnp.int32),
         )
 
-        def running(carry):
-            step, _, _, done, *_ = carry
-            return (step < num_steps) & ~jnp.all(done)
+    def decode(weights, standing: Standing, start: Decoding, until):
+        def running(now: Decoding):
+            return (now.step < until) & ~jnp.all(now.done)
 
-        def advance(carry):
-            step, hidden, cache, done, tokens, logprobs, lengths = carry
-            logits = jnp.where(allowed, vlm.logits(params, config, hidden), NEVER)
-            token, logprob = choose_tokens(logits, keys, step, settings)
-            token = jnp.where(done, 0, token)
-            logprob = jnp.where(done, 0.0, logprob)
-            tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, step, axis=2)
-            logprobs = jax.lax.dynamic_update_index_in_dim(logprobs, logprob, step, axis=2)
-            lengths = lengths + (~done).astype(jnp.int32)
-            done = done | jnp.any(token[..., None] == stop_ids, axis=-1)
+        def advance(now: Decoding) -> Decoding:
+            logits = jnp.where(allowed, vlm.logits(weights, config, now.hidden), NEVER)
+            uniform = jax.lax.dynamic_index_in_dim(
+                standing.uniforms, now.step, axis=2, keepdims=False
+            )
+            token, logprob = choose_tokens(logits, uniform, settings)
+            token = jnp.where(now.done, 0, token)
+            logprob = jnp.where(now.done, 0.0, logprob)
+            stopped = jnp.any(token[..., None] == stop_ids, axis=-1)
             hidden, cache = vlm.decode_step(
-                layers,
-                params,
+                weights,
                 config,
                 token,
-                jnp.broadcast_to(after_prompt + step, token.shape),
-                prompt_kv,
-                prompts.lengths,
-                cache,
-                step,
+                jnp.broadcast_to(standing.after_prompt[:, None] + now.step, token.shape),
+                standing.context,
+                now.cache,
+                now.step,
             )
-            return step + 1, hidden, cache, done, tokens, logprobs, lengths
+            return Decoding(
+                step=now.step + 1,
+                hidden=hidden,
+                cache=cache,
+                done=now.done | stopped,
+                tokens=_put(now.tokens, token, now.step),
+                logprobs=_put(now.logprobs, logprob, now.step),
+                lengths=now.lengths + (~now.done).astype(jnp.int32),
+            )
 
-        _, _, _, done, tokens, logprobs, lengths = jax.lax.while_loop(running, advance, start)
-        return Rollouts(tokens, logprobs, lengths, done & prompts.valid[:, None])
+        return jax.lax.while_loop(running, advance, start)
 
-    return jax.jit(sample)
+    return Sampler(
+        settings=settings,
+        prefill=jax.jit(prefill),
+        begin=jax.jit(begin),
+        decode=jax.jit(decode, donate_argnums=2),
+        count_running=jax.jit(_count_running),
+        compact=jax.jit(_compact, static_argnums=(2, 3)),
+        collect=jax.jit(_collect, donate_argnums=0),
+    )
 
 
-def sample_keys(key: jax.Array, ids: jax.Array, count: int) -> jax.Array:
-    """Keys [Q, G]: folded in are the prompt's id, then the sample's number."""
-    per_prompt = jax.vmap(lambda number: jax.random.fold_in(key, number))(ids)
-    return jax.vmap(
-        lambda one: jax.vmap(lambda number: jax.random.fold_in(one, number))(jnp.arange(count))
-    )(per_prompt)
-
-
-def choose_tokens(
-    logits: jax.Array, keys: jax.Array, step: jax.Array, settings: SamplerSettings
-) -> tuple[jax.Array, jax.Array]:
-    """Next tokens and their log-probabilities under the distribution sampled from.
+def decode(
+    sampler: Sampler,
+    weights: Any,
+    standing: Standing,
+    last: jax.Array,
+    valid: np.ndarray,
+    *,
+    keep_rows: bool = False,
+) -> Rollouts:
+    """Completions of Q prompts, [Q, G] each, as device arrays.
 
     Args:
-        logits: float32 [Q, G, V].
-        keys: [Q, G].
-        step: int scalar, folded into the keys.
-        settings: temperature and top_p.
-
-    Returns:
-        (int32 [Q, G], float32 [Q, G] nats).
+        sampler: from `make_sampler`.
+        weights: the actor's, from `make_weight_sync`.
+        standing, last: from `sampler.prefill`.
+        valid: bool [Q], False = a row of padding, which says nothing.
+        keep_rows: whether compaction must leave the prompts where they are (policies are shared
+            by neighbours).
     """
-    if settings.temperature == 0:
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        scaled = logits
-    else:
-        scaled = logits / settings.temperature
-        if settings.top_p < 1:
-            scaled = keep_top_p(scaled, settings.top_p)
-        uniform = jax.vmap(jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step))))(
-            keys
-        )
-        below = jnp.cumsum(jax.nn.softmax(scaled, axis=-1), axis=-1)
-        # the first token whose cumulated probability exceeds u * total; total is 1 up to rounding
-        token = jnp.sum(below <= uniform[..., None] * below[..., -1:], axis=-1).astype(jnp.int32)
-        token = jnp.minimum(token, scaled.shape[-1] - 1)
-    chosen = jnp.take_along_axis(scaled, token[..., None], axis=-1)[..., 0]
-    return token, chosen - jax.nn.logsumexp(scaled, axis=-1)
+    settings, until = sampler.settings, 0
+    decoding = sampler.begin(last, valid)
+    if not settings.compact_every:
+        decoding = sampler.decode(weights, standing, decoding, settings.max_new_tokens)
+        stopped = decoding.done & valid[:, None]
+        return Rollouts(decoding.tokens, decoding.logprobs, decoding.lengths, stopped)
+    rows, count = decoding.done.shape
+    keep_rows = keep_rows or _is_sharded(decoding.done)  # a group stays on its device, too
+    found = Rollouts(
+        jnp.zeros_like(decoding.tokens),
+        jnp.zeros_like(decoding.logprobs),
+        jnp.zeros_like(decoding.lengths),
+        jnp.zeros_like(decoding.done),
+    )
+    while until < settings.max_new_tokens:
+        until = min(until + settings.compact_every, settings.max_new_tokens)
+        decoding = sampler.decode(weights, standing, decoding, until)
+        prompts, longest = (int(n) for n in jax.device_get(sampler.count_running(decoding)))
+        if not longest:
+            break
+        fewer = rows if keep_rows else _halved(rows, prompts), _halved(count, longest)
+        if until < settings.max_new_tokens and fewer != (rows, count):
+            found = sampler.collect(found, standing, decoding)
+            standing, decoding = sampler.compact(standing, decoding, *fewer)
+            rows, count = fewer
+    found = sampler.collect(found, standing, decoding)
+    return dataclasses.replace(found, stopped=found.stopped & valid[:, None])
 
 
-def keep_top_p(logits: jax.Array, top_p: float) -> jax.Array:
-    """Logits outside the smallest set of most likely tokens with mass >= top_p become NEVER."""
-    ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-    probabilities = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept = jnp.sum(before < top_p, axis=-1, keepdims=True)
-    smallest = jnp.take_along_axis(ordered, kept - 1, axis=-1)
-    return jnp.where(logits >= smallest, logits, NEVER)
+def _count_running(decoding: Decoding) -> tuple[jax.Array, jax.Array]:
+    """(prompts with a running completion, most running completions of one prompt)."""
+    running = jnp.sum(~decoding.done, axis=1)
+    return jnp.sum(running > 0), jnp.max(running)
+
+
+def _halved(size: int, needed: int) -> int:
+    """`size` halved while the half still holds `needed`: few shapes, few programs."""
+    while size % 2 == 0 and size // 2 >= max(needed, 1):
+        size //= 2
+    return size
+
+
+def _is_sharded(leaf: jax.Array) -> bool:
+    return len(leaf.sharding.device_set) > 1
+
+
+def _compact(
+    standing: Standing, decoding: Decoding, rows: int, count: int
+) -> tuple[Standing, Decoding]:
+    """The `rows` prompts and, of each, the `count` completions that still run come first."""
+    by_prompt = jnp.argsort(jnp.all(decoding.done, axis=1), stable=True)[:rows]
+    done = decoding.done[by_prompt]
+    order = jnp.argsort(done, axis=1, stable=True)[:, :count]
+
+    def of_prompts(leaf):
+        return leaf if rows == decoding.done.shape[0] else leaf[by_prompt]
+
+    def of_completions(leaf):
+        index = order.reshape(*order.shape, *[1] * (leaf.ndim - 2))
+        return jnp.take_along_axis(of_prompts(leaf), index, axis=1)
+
+    context = standing.context
+    trunk = jax.tree.map(of_prompts, context.trunk)
+    lengths = of_prompts(context.trunk_lengths)
+    standing = Standing(
+        context=dataclasses.replace(context, trunk=trunk, trunk_lengths=lengths),
+        uniforms=of_completions(standing.uniforms),
+        after_prompt=of_prompts(standing.after_prompt),
+        row=of_completions(standing.row),
+    )
+    step, rest = decoding.step, dataclasses.replace(decoding, step=None)
+    return standing, dataclasses.replace(jax.tree.map(of_completions, rest), step=step)
+
+
+def _collect(found: Rollouts, standing: Standing, decoding: Decoding) -> Rollouts:
+    """Write what has been decoded so far to the rows where it belongs."""
+
+    def put(into, leaf):
+        flat = into.reshape(-1, *into.shape[2:])  # [Q G ...] -> [(Q G) ...]
+        at = standing.row.reshape(-1)
+        return flat.at[at].set(leaf.reshape(-1, *leaf.shape[2:])).reshape(into.shape)
+
+    return Rollouts(
+        put(found.tokens, decoding.tokens),
+        put(found.logprobs, decoding.logprobs),
+        put(found.lengths, decoding.lengths),
+        put(found.stopped, decoding.done),
+    )
+
+
+def _put(into: jax.Array, values: jax.Array, step: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(into, values, step, axis=2)

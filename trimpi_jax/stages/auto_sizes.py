@@ -2,7 +2,7 @@
 
     max_new_tokens   the longest gold completion and a quarter more
     prompt_buckets   tokens of every prompt, with and without the policy
-    row_buckets      tokens of every training row of the stages that run
+    row_buckets      tokens of every training row of the supervised stages that run
     windows          vision windows of every prompt
 
 The same data and model give the same sizes, so a run that is continued compiles the same programs.
@@ -12,6 +12,7 @@ Next: trimpi_jax/stages/pipeline.py
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -81,8 +82,6 @@ def choose_sizes(
             rows += [s.free.tokens + s.completion_tokens for s in splits["cot"]]
         elif stage == "direct_sft":
             rows += [s.free.tokens + s.completion_tokens for s in splits["train"]]
-        else:  # a rollout may be as long as it is allowed to be
-            rows += [s.free.tokens + new_tokens for s in splits["train"]]
     return {
         "max_new_tokens": new_tokens,
         "prompt_buckets": plan_buckets([prompt.tokens for prompt in prompts]),
@@ -110,12 +109,10 @@ def _check_splits(config: ConfigDict, splits: dict[str, list[ExampleSize]]) -> N
 
 
 def _parse(key: str, text: str) -> Any:
-    numbers: tuple[int, ...]
-    try:
-        numbers = tuple(sorted(int(part) for part in text.split(",")))
-    except ValueError:
-        numbers = ()
+    numbers: list[int] = []
+    with contextlib.suppress(ValueError):
+        numbers = sorted(int(part) for part in text.split(","))
     if min(numbers, default=0) < 1 or (key == "max_new_tokens" and len(numbers) > 1):
         form = "a number" if key == "max_new_tokens" else "numbers like 320,4096"
         raise ValueError(f"config.{key} is '{text}'; write {AUTO}, or {form}")
-    return numbers[0] if key == "max_new_tokens" else numbers
+    return numbers[0] if key == "max_new_tokens" else tuple(numbers)

@@ -1,5 +1,9 @@
 """The only training loop: evaluate, save, fetch, step, log; in that order, until the last step.
 
+Metrics are fetched a step late: while the host waits for the numbers of one step, the device
+already works on the next. Before a save they are fetched at once, so nothing that was not looked at
+is ever saved.
+
 The data iterator moves only after a save, so a checkpoint and the iterator's state always belong
 together and a resumed run takes the identical next step. Ctrl-C and SIGTERM finish the step, save,
 and end the program with a line that says how to go on; a kill loses at most `save_every` steps.
@@ -66,6 +70,7 @@ def run(
     take_step: StepFunction,
     progress: Progress,
     evaluate: Callable[[Any, int], None] = lambda state, step: None,
+    is_finished: Callable[[], bool] = lambda: False,
 ) -> Any:
     """Train to `num_steps` and return the last state; continues from the newest checkpoint.
 
@@ -77,13 +82,13 @@ def run(
             "train/loss" is checked to be finite.
         progress: where bars and lines go.
         evaluate: called before every save with the state and the step.
+        is_finished: asked after every step, and after a restore; True ends the stage early.
 
     Raises:
         NonFiniteLoss: naming the step and its examples.
         Stopped: after SIGINT or SIGTERM, when everything is saved.
     """
     manager = open_checkpoints(settings.folder / "checkpoints")
-    metrics_path = settings.folder / "metrics.jsonl"
     first = 0
     restored = restore_latest(manager, state)
     if restored is not None:
@@ -93,8 +98,14 @@ def run(
     try:
         with _stop_requests() as stop, progress.task(settings.name, settings.num_steps) as bar:
             bar(first, {})
+            late = _LateMetrics(settings, manager, progress, bar)
+            last = first
             for step in range(first, settings.num_steps):
+                if is_finished():
+                    progress.say(f"{settings.name}: ended early, at step {step}")
+                    break
                 if step % settings.save_every == 0 or stop:
+                    late.flush()
                     evaluate(state, step)
                     save_checkpoint(manager, step, state, {"source": source.save_place()})
                 if stop:
@@ -105,26 +116,63 @@ def run(
                     )
                     raise Stopped(EXIT_STOPPED)
                 examples = source.fetch(step)
-                started = time.perf_counter()
+                late.start()
                 state, metrics = take_step(state, step, examples)
-                metrics = {name: jax.device_get(value) for name, value in metrics.items()}
-                metrics["time/step_s"] = time.perf_counter() - started
-                _check_finite(settings, manager, step, metrics, examples)
-                line = append_metrics(metrics_path, step, metrics)
-                if dropped := line.get("inputs/dropped_too_long"):
-                    progress.say(
-                        f"{settings.name} step {step}: {dropped} examples fit no bucket and were"
-                        " left out (nothing is cut)"
-                    )
-                bar(step + 1, line)
-                if (step + 1) % settings.log_every == 0 or step + 1 == settings.num_steps:
-                    progress.line(settings.name, step + 1, settings.num_steps, line)
-            evaluate(state, settings.num_steps)
-            save_checkpoint(manager, settings.num_steps, state, {"source": source.save_place()})
+                late.put(step, metrics, examples)
+                last = step + 1
+            late.flush()
+            evaluate(state, last)
+            save_checkpoint(manager, last, state, {"source": source.save_place()})
             manager.wait_until_finished()
     finally:
         manager.close()
     return state
+
+
+class _LateMetrics:
+    """Holds the metrics of one step until the next has been dispatched, then tells them."""
+
+    def __init__(self, settings: LoopSettings, manager: Any, progress: Progress, bar: Any):
+        self.settings, self.manager, self.progress, self.bar = settings, manager, progress, bar
+        self.waiting: tuple[int, Mapping[str, Any], Any] | None = None
+        self.since: float | None = None  # when the time of the waiting step began to count
+
+    def start(self) -> None:
+        """A step is about to be dispatched."""
+        if self.since is None:
+            self.since = time.perf_counter()
+
+    def put(self, step: int, metrics: Mapping[str, Any], examples: Any) -> None:
+        """A step has been dispatched; the one before is told now."""
+        self._tell()
+        self.waiting = step, metrics, examples
+
+    def flush(self) -> None:
+        """Tell the last step now; time until the next step does not count."""
+        self._tell()
+        self.since = None
+
+    def _tell(self) -> None:
+        if self.waiting is None:
+            return
+        step, metrics, examples = self.waiting
+        self.waiting = None
+        metrics = {name: jax.device_get(value) for name, value in metrics.items()}
+        now = time.perf_counter()
+        # a step that waits for its own end knows its time better
+        metrics.setdefault("time/step_s", now - (self.since or now))
+        self.since = now
+        settings = self.settings
+        _check_finite(settings, self.manager, step, metrics, examples)
+        line = append_metrics(settings.folder / "metrics.jsonl", step, metrics)
+        if dropped := line.get("inputs/dropped_too_long"):
+            self.progress.say(
+                f"{settings.name} step {step}: {dropped} examples fit no bucket and were left out"
+                " (nothing is cut)"
+            )
+        self.bar(step + 1, line)
+        if (step + 1) % settings.log_every == 0 or step + 1 == settings.num_steps:
+            self.progress.line(settings.name, step + 1, settings.num_steps, line)
 
 
 def _check_finite(settings, manager, step: int, metrics: Mapping[str, Any], examples: Any) -> None:

@@ -34,14 +34,16 @@ from data_pipelines.example import Example, decode_record
 from data_pipelines.shards import MANIFEST, check_dataset, split_files
 from trimpi_jax.grading.answers import find_boxes
 from trimpi_jax.grading.grader import grade_completions
-from trimpi_jax.inputs.batching import make_batch
 from trimpi_jax.inputs.encode import encode_prompt
 from trimpi_jax.io.chat_endpoint import Endpoint, Reply, ask, make_conversation, open_client
 from trimpi_jax.io.progress import Progress
 from trimpi_jax.models.hf_weights import check_weights, read_config
 from trimpi_jax.models.processor import decode_completion, load_processor
-from trimpi_jax.rollouts.sampler import SamplerSettings, make_sampler, prompt_ids
-from trimpi_jax.sharding import make_mesh, place_batch
+from trimpi_jax.rollouts.choosing import SamplerSettings
+from trimpi_jax.rollouts.engine import ask as ask_engine
+from trimpi_jax.rollouts.engine import make_engine
+from trimpi_jax.rollouts.groups import PromptSizes
+from trimpi_jax.sharding import make_mesh
 from trimpi_jax.stages.model_files import load_weights, model_folder
 
 # (examples, which attempt from 0) -> (place, reply) as they come
@@ -318,23 +320,26 @@ def make_actor(settings: CotSettings, chosen: Sequence[Example]) -> Generate:
         temperature=settings.temperature,
         dtype=settings.dtype,
     )
-    sample = make_sampler(config, sampler, len(processor.tokenizer))
     longest, windows = 1, 1
     for example in chosen:
         row = encode_prompt(_as_asked(settings, example), processor, policy_in_prompt=True)
         longest, windows = max(longest, len(row.tokens)), max(windows, len(row.images.patches))
 
+    engine = make_engine(
+        config, processor, PromptSizes((longest,), (windows,)), mesh, dtype=settings.dtype
+    )
+    with jax.set_mesh(mesh):
+        weights = engine.load(params)
+
     def generate(examples: Sequence[Example], attempt: int) -> Iterator[tuple[int, Reply]]:
         key = jax.random.fold_in(jax.random.key(settings.seed), attempt)
         for start in range(0, len(examples), settings.rows):
             part = examples[start : start + settings.rows]
-            rows = [encode_prompt(e, processor, policy_in_prompt=True) for e in part]
-            batch = make_batch(
-                rows, num_rows=settings.rows, num_tokens=longest, num_windows=windows
-            )
-            ids = prompt_ids([example.example_id for example in part], settings.rows)
             with jax.set_mesh(mesh):
-                rollouts = jax.device_get(sample(params, place_batch(batch, mesh), key, ids))
+                questions, rollouts = ask_engine(
+                    engine, weights, part, sampler, key, aware=True, num_rows=settings.rows
+                )
+            assert len(questions.examples) == len(part)  # the sizes were chosen from all of them
             for i in range(len(part)):
                 tokens = rollouts.tokens[i, 0, : rollouts.lengths[i, 0]]
                 text = decode_completion(processor, tokens)

@@ -57,8 +57,10 @@ from trimpi_jax.models.hf_weights import stored_dtype
 from trimpi_jax.models.layers import cast_weights
 from trimpi_jax.models.lora import add_lora, merge_lora
 from trimpi_jax.models.processor import Processor
-from trimpi_jax.objectives.grpo import GRPOSettings
+from trimpi_jax.objectives.grpo import ObjectiveSettings
 from trimpi_jax.ops.kernels import choose_implementation
+from trimpi_jax.rollouts.engine import Engine, make_engine
+from trimpi_jax.rollouts.groups import PromptSizes
 from trimpi_jax.sharding import make_mesh, place_batch
 from trimpi_jax.stages import loop
 from trimpi_jax.stages.auto_sizes import describe_sizes, fill_auto_sizes
@@ -71,7 +73,7 @@ from trimpi_jax.stages.model_files import (
     write_model,
 )
 from trimpi_jax.stages.nano_base import run_nano_base
-from trimpi_jax.stages.rl import RLSettings, RLStep
+from trimpi_jax.stages.rl import RLSettings, RLStep, completion_buckets
 from trimpi_jax.stages.sft import SPLITS, encode_sft_row
 from trimpi_jax.stages.supervised import StepSettings, make_supervised_step
 from trimpi_jax.stages.train_state import (
@@ -79,6 +81,7 @@ from trimpi_jax.stages.train_state import (
     TrainState,
     init_train_state,
     make_optimizer,
+    split_params,
 )
 from trimpi_jax.stages.vm_cpt import SPLIT as VM_CPT_SPLIT
 from trimpi_jax.stages.vm_cpt import encode_vm_cpt_row
@@ -96,6 +99,7 @@ class Run:
     processor: Processor
     model: VLMConfig
     mesh: jax.sharding.Mesh
+    engine: Engine | None = None
     evaluator: Evaluator | None = None
 
 
@@ -128,6 +132,7 @@ def run(config: ConfigDict, workdir: Path, progress: Progress | None = None) -> 
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     this = Run(config, workdir, progress, processor, model, mesh)
     with jax.set_mesh(mesh):
+        this.engine = make_run_engine(this)
         this.evaluator = make_evaluator(this)
         params = load_weights(base, model, mesh)
         evaluate_stage(this, params, "0_base")
@@ -296,34 +301,56 @@ def run_supervised(this: Run, params: Any, stage: str, folder: Path) -> Any:
 
 
 def run_rl(this: Run, params: Any, folder: Path) -> Any:
-    """GRPO with or without PolicyRollout."""
+    """GRPO or DAPO, with or without PolicyRollout."""
     settings = this.config.rl
     updates = settings.prompts // settings.update_prompts
     optimizer = make_optimizer(optimizer_settings(settings, settings.steps * updates))
-    # the state is donated step by step; the reference needs arrays of its own, in the dtype of use
-    reference = jax.tree.map(lambda leaf: leaf.copy(), cast_weights(params, this.config.dtype))
+    objective = rl_objective(this.config)
+    reference = None
+    if objective.kl_beta:
+        # the state is donated step by step: arrays of its own, in the dtype of use
+        trained, _ = split_params(params, settings.trainable)
+        trained = cast_weights(trained, this.config.dtype)
+        reference = jax.tree.map(lambda leaf: leaf.copy(), trained)
+    stream = open_stream(this, "train", settings.prompts, "rl")
+    assert this.engine is not None
     step = RLStep(
-        this.model,
-        this.processor,
+        this.engine,
         reference,
         optimizer,
         rl_settings(this.config),
-        grpo_settings(this.config),
+        objective,
         RewardWeights(settings.accuracy_weight, settings.format_weight),
         step_settings(this.config, "rl"),
-        this.mesh,
+        fetch_more=lambda: next(stream),
+        say=this.progress.say,
     )
 
     def take_step(state, number, examples):
         state, metrics = step(state, number, examples)
         if number % settings.log_rollouts_every == 0:
-            log_rollouts(folder / "rollouts.jsonl", number, step.last_rollouts)
+            append_records(folder / "rollouts.jsonl", number, step.last_rollouts)
+        if step.last_failures:
+            failures = [failure._asdict() for failure in step.last_failures]
+            append_records(folder / "failed_grades.jsonl", number, failures)
         return state, metrics
 
-    source = open_source(this, "train", settings.prompts, "rl")
-    state = init_train_state(params, optimizer, settings.trainable)
+    def restore_place(saved):
+        restore_state(stream, saved["stream"])
+        step.restore_place(saved["rl"])
+
+    source = loop.Source(
+        fetch=lambda number: next(stream),
+        save_place=lambda: {"stream": encode_state(stream), "rl": step.save_place()},
+        restore_place=restore_place,
+    )
     return loop.run(
-        loop_settings(this, "rl", folder, settings.steps), state, source, take_step, this.progress
+        loop_settings(this, "rl", folder, settings.steps),
+        init_train_state(params, optimizer, settings.trainable),
+        source,
+        take_step,
+        this.progress,
+        is_finished=lambda: step.is_finished,
     ).params
 
 
@@ -349,17 +376,36 @@ def rl_settings(config: ConfigDict) -> RLSettings:
         policy_rollout=settings.policy_rollout,
         max_new_tokens=config.max_new_tokens,
         temperature=settings.temperature,
+        top_k=settings.top_k,
         top_p=settings.top_p,
-        prompt_buckets=tuple(config.prompt_buckets),
-        row_buckets=tuple(config.row_buckets),
-        windows=max(as_buckets(config.windows)),
+        completion_buckets=completion_buckets(config.max_new_tokens),
+        compact_every=settings.compact_every,
+        policy_chunk=settings.get("policy_chunk", 1),
+        max_attempts=settings.get("max_attempts", 1),
+        stop_after_dry_steps=settings.get("stop_after_dry_steps", 0),
+        overlong_tokens=settings.get("overlong_tokens", 0),
+        max_failed_grades=settings.max_failed_grades,
         seed=config.seed,
     )
 
 
-def grpo_settings(config: ConfigDict) -> GRPOSettings:
-    """The constants of the RL objective."""
-    return GRPOSettings(config.rl.clip_low, config.rl.clip_high, config.rl.kl_beta)
+def rl_objective(config: ConfigDict) -> ObjectiveSettings:
+    """The objective of the `rl` section: "grpo" or "dapo", its constants from the config."""
+    settings = config.rl
+    if settings.objective not in ("grpo", "dapo"):
+        raise ValueError(f"rl.objective is 'grpo' or 'dapo', got '{settings.objective}'")
+    return ObjectiveSettings(
+        loss_mean={"grpo": "sequence", "dapo": "token"}[settings.objective],
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        kl_beta=settings.get("kl_beta", 0.0),
+        importance_cap=settings.importance_cap,
+    )
+
+
+def prompt_sizes(config: ConfigDict) -> PromptSizes:
+    """The shapes that prompts may take."""
+    return PromptSizes(tuple(config.prompt_buckets), as_buckets(config.windows))
 
 
 def optimizer_settings(settings: ConfigDict, steps: int) -> OptimizerSettings:
@@ -407,20 +453,20 @@ def training_shapes(config: ConfigDict, stage: str, mesh: jax.sharding.Mesh) -> 
     )
 
 
-def open_source(
+def open_stream(
     this: Run,
     split: str,
     batch: int,
     stage: str,
     each: Callable[[Example], Any] | None = None,
-) -> loop.Source:
+) -> Any:
     """The Grain stream of a stage; its seed is the run's and the stage's.
 
     Examples (or what `each` makes of them) are read ahead of the step by `config.data_workers`
     processes, 0 = a thread.
     """
     seed = this.config.seed * 1000 + sum(stage.encode())
-    stream = make_stream(
+    return make_stream(
         this.workdir / "data",
         split,
         batch_examples=batch,
@@ -428,6 +474,17 @@ def open_source(
         workers=this.config.data_workers,
         each=each,
     )
+
+
+def open_source(
+    this: Run,
+    split: str,
+    batch: int,
+    stage: str,
+    each: Callable[[Example], Any] | None = None,
+) -> loop.Source:
+    """A stage's stream as the loop wants it."""
+    stream = open_stream(this, split, batch, stage, each)
     return loop.Source(
         fetch=lambda step: next(stream),
         save_place=lambda: encode_state(stream),
@@ -435,20 +492,24 @@ def open_source(
     )
 
 
+def make_run_engine(this: Run) -> Engine:
+    """The rollout engine that RL and every evaluation share."""
+    return make_engine(
+        this.model, this.processor, prompt_sizes(this.config), this.mesh, dtype=this.config.dtype
+    )
+
+
 def make_evaluator(this: Run) -> Evaluator:
     """The evaluator that every stage uses."""
+    assert this.engine is not None
     return Evaluator(
-        this.model,
-        this.processor,
+        this.engine,
         EvaluationSettings(
             rows=this.config.eval.rows,
             max_new_tokens=this.config.max_new_tokens,
-            prompt_buckets=tuple(this.config.prompt_buckets),
-            windows=as_buckets(this.config.windows),
             dtype=this.config.dtype,
             needs_think="direct_sft" not in this.config.stages,
         ),
-        this.mesh,
     )
 
 
@@ -461,10 +522,10 @@ def evaluate_stage(this: Run, params: Any, name: str) -> None:
     prefill = make_prefill(this.model, this.config.dtype)
     result: dict[str, Any] = {"stage": name}
     assert this.evaluator is not None
+    this.evaluator.load(params)
     with this.progress.task(f"evaluate {name}", 2 * len(examples)) as bar:
         for offset, (view, aware) in enumerate((("policy_free", False), ("policy_aware", True))):
             records = this.evaluator.ask(
-                params,
                 examples,
                 policy_in_prompt=aware,
                 on_progress=lambda done, at=offset: bar(at * len(examples) + done, {}),
@@ -486,8 +547,8 @@ def evaluate_stage(this: Run, params: Any, name: str) -> None:
     )
 
 
-def log_rollouts(path: Path, number: int, records: list[dict[str, Any]]) -> None:
-    """Append the texts of one step, for a look at what is rewarded."""
+def append_records(path: Path, number: int, records: list[dict[str, Any]]) -> None:
+    """Append what a step is remembered by, one JSON object a line."""
     with path.open("a") as file:
         for record in records:
             file.write(json.dumps({"step": number} | record) + "\n")

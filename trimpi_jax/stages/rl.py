@@ -1,15 +1,22 @@
-"""The RL stage: GRPO with or without PolicyRollout.
+"""The RL stage: GRPO or DAPO, with or without PolicyRollout.
 
 One step, in the order in which its numbers are born:
 
     views       every prompt without and with the policy            rollouts/groups.py
-    rollouts    G completions of each (2G free ones without PoRo)    rollouts/sampler.py
-    rewards     text -> [Q, 2G]                                      grading/answers.py
-    log-probs   behavior actor and reference, policy-free prompt     below, jitted
-    updates     joint-group advantage, clipped surrogate, KL         objectives/grpo.py, jitted
+    rollouts    G completions of each (2G free ones without PoRo)    rollouts/engine.py
+    rewards     text -> [Q, 2G], while the device still samples      grading/rewards.py
+    groups      dynamic sampling: drop those of equal rewards, ask   rollouts/sampled.py
+                again, keep the surplus for the next step
+    log-probs   behavior actor and reference, policy-free prompt     stages/policy_update.py
+    updates     joint-group advantage, clipped surrogate, KL         objectives/grpo.py
+
+With one update per step the behavior actor is the actor itself: its log-probabilities are those of
+the update, and nothing is scored twice.
 
 Deviations from the paper: 1. the reward weights are 0.9 accuracy + 0.1 format (not stated there).
 2. A run without PolicyRollout draws 2G free rollouts, so both cost the same number of rollouts.
+3. Log-probabilities are those of the sampler's distribution: visual tokens, which it never draws,
+have probability 0.
 
 Source: paper section 4.
 Next: trimpi_jax/evaluators/questions.py
@@ -19,41 +26,50 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from data_pipelines.example import Example
-from trimpi_jax.grading.answers import Grade, RewardWeights, grade_completion, reward
-from trimpi_jax.inputs.batching import padding_waste
-from trimpi_jax.models import vlm
-from trimpi_jax.models.config import VLMConfig
-from trimpi_jax.models.layers import cast_weights
-from trimpi_jax.models.processor import Processor, decode_completion
-from trimpi_jax.objectives.grpo import GRPOSettings, grpo_loss
-from trimpi_jax.rollouts.groups import View, fits, make_training_rows, make_view
-from trimpi_jax.rollouts.sampler import SamplerSettings, make_sampler, prompt_ids
-from trimpi_jax.sharding import place_batch
-from trimpi_jax.stages.supervised import StepSettings, row_logprobs
-from trimpi_jax.stages.train_state import (
-    Flat,
-    TrainState,
-    accumulate_gradients,
-    apply_gradients,
-    join_params,
-    split_micro_batches,
-    split_params,
+from trimpi_jax.grading.answers import Grade, RewardWeights
+from trimpi_jax.grading.rewards import Failure, check_failures, reward_completions
+from trimpi_jax.models.processor import decode_completion
+from trimpi_jax.objectives.grpo import ObjectiveSettings, overlong_penalty
+from trimpi_jax.rollouts.choosing import SamplerSettings
+from trimpi_jax.rollouts.engine import (
+    Asked,
+    Engine,
+    Weights,
+    answer,
+    encode_questions,
+    encode_visual,
+    fetch,
+    make_aware_view,
+    make_free_view,
+    read_prompts,
 )
-from trimpi_jax.types import Batch
+from trimpi_jax.rollouts.sampled import (
+    SPREAD,
+    Group,
+    behavior_of,
+    decode_groups,
+    encode_groups,
+    make_group_batch,
+)
+from trimpi_jax.rollouts.sampler import allowed_tokens
+from trimpi_jax.sharding import place_batch
+from trimpi_jax.stages.policy_update import Distribution, make_scorer, make_update
+from trimpi_jax.stages.supervised import StepSettings
+from trimpi_jax.stages.train_state import Flat, TrainState, join_params, split_params
+from trimpi_jax.types import GroupBatch
 
 SAMPLING = 1  # folded into the root key: what the randomness is for
 FREE, AWARE = 0, 1  # folded in next: the view
+MAX_ATTEMPTS = 20  # paper section 4: DAPO's retries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,194 +77,429 @@ class RLSettings:
     """Sizes of a step. `group_size` is G: a prompt's joint group has 2G rollouts."""
 
     group_size: int
-    prompts: int
-    update_prompts: int
+    prompts: int  # Q, groups of a step
+    update_prompts: int  # groups of an optimizer update
     policy_rollout: bool
     max_new_tokens: int
     temperature: float
     top_p: float
-    prompt_buckets: tuple[int, ...]
-    row_buckets: tuple[int, ...]
-    windows: int
+    completion_buckets: tuple[int, ...]
     seed: int
+    top_k: int = 0
+    compact_every: int = 0
+    policy_chunk: int = 1  # prompts that may share one copy of a policy while decoding
+    max_attempts: int = 1  # batches of prompts a step may draw; 1 = no dynamic sampling
+    stop_after_dry_steps: int = 0  # steps in a row that ran out of attempts; 0 = never stop
+    overlong_tokens: int = 0  # width of the soft overlong ramp; 0 = no penalty
+    max_failed_grades: float = 0.05  # share of completions whose grading may fail
+    needs_think: bool = True
 
     def __post_init__(self):
+        problems = []
         if self.prompts % self.update_prompts:
-            raise ValueError(
+            problems.append(
                 f"rl.prompts {self.prompts} is not a multiple of rl.update_prompts"
                 f" {self.update_prompts}: an update takes whole groups"
             )
         if self.group_size < 1 or (self.group_size == 1 and not self.policy_rollout):
             # a joint group of 2 is the smallest that has a spread
-            raise ValueError("rl.group_size must be >= 1 with policy rollouts, >= 2 without")
+            problems.append("rl.group_size must be >= 1 with policy rollouts, >= 2 without")
+        if self.temperature <= 0:
+            problems.append("rl.temperature must be > 0: equal rollouts teach nothing")
+        if max(self.completion_buckets) != self.max_new_tokens:
+            problems.append(
+                f"the largest of rl.completion_buckets {self.completion_buckets} must be"
+                f" max_new_tokens {self.max_new_tokens}"
+            )
+        if self.max_attempts < 1 or self.stop_after_dry_steps < 0:
+            problems.append("rl.max_attempts >= 1 and rl.stop_after_dry_steps >= 0")
+        if self.max_attempts == 1 and self.stop_after_dry_steps:
+            problems.append(
+                "rl.stop_after_dry_steps has no effect without dynamic sampling (rl.max_attempts 1)"
+            )
+        if not 0 <= self.overlong_tokens < self.max_new_tokens:
+            problems.append("0 <= rl.overlong_tokens < max_new_tokens")
+        if not 0 <= self.max_failed_grades <= 1:
+            problems.append("rl.max_failed_grades is a share")
+        if self.policy_chunk < 1:
+            problems.append("rl.policy_chunk must be >= 1")
+        if self.policy_chunk > 1 and not self.policy_rollout:
+            problems.append("rl.policy_chunk has no effect without policy rollouts")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @property
+    def free_rollouts(self) -> int:
+        """Policy-free rollouts of a joint group."""
+        return self.group_size * (1 if self.policy_rollout else 2)
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether groups without spread are dropped and asked again."""
+        return self.max_attempts > 1
+
+
+def completion_buckets(max_new_tokens: int) -> tuple[int, ...]:
+    """Lengths that completions are padded to in scores and updates: long ones also in halves."""
+    if max_new_tokens < 512:  # one program; the padding of short completions costs less
+        return (max_new_tokens,)
+    return (max_new_tokens // 4, max_new_tokens // 2, max_new_tokens)
+
+
+def check_objective(objective: ObjectiveSettings, settings: RLSettings) -> None:
+    """Raise where an option of the objective would mean something else than it says."""
+    plain = settings.temperature == 1 and settings.top_p == 1 and settings.top_k == 0
+    if objective.importance_cap and not plain:
+        raise ValueError(
+            "rl.importance_cap compares the sampler with the training graph: it needs temperature"
+            " 1, top_p 1 and top_k 0, since a cut distribution has no such ratio"
+        )
+
+
+class Drawn(NamedTuple):
+    """Graded groups of one attempt, and what is told of them."""
+
+    groups: list[Group]
+    grades: list[list[Grade]]
+    texts: list[list[str]]
+    failures: list[Failure]
+    dropped: list[str]
 
 
 class RLStep:
-    """The step function of the loop: `step(state, number, examples) -> (state, metrics)`."""
+    """The step function of the loop: `step(state, number, examples) -> (state, metrics)`.
+
+    Args:
+        engine: samples, grades nothing.
+        reference: the trained half of the KL anchor's weights (arrays of its own; the frozen half
+            is the actor's), or None when kl_beta is 0.
+        optimizer: see `make_optimizer`.
+        settings, objective, weights, step: see the dataclasses.
+        fetch_more: brings another batch of prompts for dynamic sampling.
+        say: told of a step that ran dry.
+    """
 
     def __init__(
         self,
-        config: VLMConfig,
-        processor: Processor,
-        reference: Any,
+        engine: Engine,
+        reference: Flat | None,
         optimizer: optax.GradientTransformation,
         settings: RLSettings,
-        objective: GRPOSettings,
+        objective: ObjectiveSettings,
         weights: RewardWeights,
         step: StepSettings,
-        mesh: jax.sharding.Mesh,
+        fetch_more: Callable[[], Sequence[Example]] | None = None,
+        say: Callable[[str], None] = lambda text: None,
     ):
-        self.processor, self.settings, self.weights = processor, settings, weights
-        self.reference, self.mesh = reference, mesh
-        free = settings.group_size * (1 if settings.policy_rollout else 2)
-        self.sample_free = _sampler(config, processor, settings, free, step.dtype)
-        self.sample_aware = _sampler(config, processor, settings, settings.group_size, step.dtype)
-        self.score = make_scorer(config, step)
-        self.update = make_update(config, optimizer, objective, step)
+        check_objective(objective, settings)
+        if settings.is_dynamic and fetch_more is None:
+            raise ValueError("dynamic sampling needs fetch_more")
+        self.engine, self.settings, self.weights = engine, settings, weights
+        self.objective, self.step, self.reference = objective, step, reference
+        self.fetch_more, self.say = fetch_more, say
+        sampler = SamplerSettings(
+            completions=settings.free_rollouts,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            dtype=step.dtype,
+            compact_every=settings.compact_every,
+        )
+        self.samplers = (sampler, dataclasses.replace(sampler, completions=settings.group_size))
+        allowed = allowed_tokens(engine.config, len(engine.processor.tokenizer))
+        distribution = Distribution(tuple(allowed.tolist()), settings.temperature)
+        self.score = make_scorer(engine.config, distribution, step)
+        self.update = make_update(
+            engine.config, optimizer, objective, distribution, step, settings.free_rollouts
+        )
+        self.loaded: Weights | None = None
+        self.kept: list[Group] = []  # surplus groups of the step before
+        self.dry_steps = 0  # in a row
         self.last_rollouts: list[dict[str, Any]] = []  # for a look at the text
+        self.last_failures: list[Failure] = []
 
     def __call__(
         self, state: TrainState, number: int, examples: Sequence[Example]
     ) -> tuple[TrainState, dict[str, Any]]:
         clock = _Clock()
-        examples, dropped = self._fitting(examples)
-        free = self._view(examples, policy_in_prompt=False)
-        tokens, lengths, stopped, sampled = self._rollouts(state.params, number, examples, free)
-        clock.lap("rollout")
-        texts, grades = self._grade(examples, tokens, lengths, stopped)
-        rewards = np.asarray(
-            [[reward(grade, self.weights) for grade in row] for row in grades], np.float32
+        self.loaded = self.engine.load(state.params, self.loaded)
+        groups, drawn, attempts = self._collect_groups(number, examples, clock)
+        used = groups[: self.settings.prompts]
+        surplus = groups[self.settings.prompts :]
+        metrics = self._rollout_metrics(drawn, attempts, len(used), clock)
+        self.kept = self._with_behavior(surplus)
+        # the weights are about to be donated, and with them everything computed from them
+        self.loaded = dataclasses.replace(self.loaded, params=None, policies={})
+        if used:
+            state, training = self._updates(state, used, clock)
+            metrics |= training
+        return state, metrics | clock.laps | {"time/step_s": sum(clock.laps.values())}
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the stage should end early: too many steps in a row found too few groups."""
+        limit = self.settings.stop_after_dry_steps
+        return bool(limit) and self.dry_steps >= limit
+
+    def save_place(self) -> dict[str, Any]:
+        """What a resumed run needs beside the state and the stream, JSON-able."""
+        return {"groups": encode_groups(self.kept), "dry_steps": self.dry_steps}
+
+    def restore_place(self, saved: dict[str, Any]) -> None:
+        """Inverse of `save_place`."""
+        self.kept, self.dry_steps = decode_groups(saved["groups"]), saved["dry_steps"]
+
+    def _collect_groups(
+        self, number: int, examples: Sequence[Example], clock: _Clock
+    ) -> tuple[list[Group], list[Drawn], int]:
+        """(groups to train on and surplus, everything drawn, attempts made)."""
+        groups, drawn, seen = list(self.kept), [], {group.example.example_id for group in self.kept}
+        for attempt in range(self.settings.max_attempts):
+            if attempt:
+                assert self.fetch_more is not None
+                examples = self.fetch_more()
+            # a prompt has the same samples wherever it comes up in a step
+            fresh = [example for example in examples if example.example_id not in seen]
+            if self.settings.is_dynamic:
+                seen |= {example.example_id for example in fresh}
+            else:
+                fresh = list(examples)
+            if fresh:
+                drawn.append(self._draw(number, fresh, clock))
+                groups += [
+                    group
+                    for group in drawn[-1].groups
+                    if group.has_spread or not self.settings.is_dynamic
+                ]
+            if len(groups) >= self.settings.prompts or not self.settings.is_dynamic:
+                self.dry_steps = 0
+                return groups, drawn, attempt + 1
+        self.dry_steps += 1
+        self.say(
+            f"rl step {number}: {len(groups)} of {self.settings.prompts} groups have a spread of"
+            f" rewards after {self.settings.max_attempts} attempts; training on these"
+            f" ({self.dry_steps} such steps in a row)"
         )
-        clock.lap("grade")
-        rows = make_training_rows(free, tokens, lengths, self.settings.row_buckets)
-        images = _images_of(free.batch)
-        behavior = self.score(state.params, self._place(rows), self._place(images))
-        reference = self.score(self.reference, self._place(rows), self._place(images))
-        behavior, reference = jax.device_get((behavior, reference))
-        clock.lap("score")
-        state, metrics = self._updates(state, rows, images, rewards, behavior, reference)
-        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        clock.lap("update")
-        self.last_rollouts = _as_records(examples, texts, grades, self._free_count(tokens))
-        metrics |= self._rollout_metrics(grades, rewards, lengths, stopped)
-        metrics |= _logprob_metrics(rows, behavior, sampled, lengths, self._free_count(tokens))
-        metrics["rollouts/padding_waste"] = padding_waste(rows)
-        metrics["inputs/dropped_too_long"] = dropped
-        return state, metrics | clock.laps
+        return groups, drawn, self.settings.max_attempts
 
-    def _fitting(self, examples: Sequence[Example]) -> tuple[list[Example], int]:
-        """(prompts that fit their buckets, how many did not).
-
-        The shape of a step is static, so the places of the others are taken by the first that fit.
-        """
-        kept = [
-            example
-            for example in examples
-            if fits(
-                example,
-                self.processor,
-                with_policy=self.settings.policy_rollout,
-                token_buckets=self.settings.prompt_buckets,
-                windows=self.settings.windows,
-            )
-        ]
-        if not kept:
+    def _draw(self, number: int, examples: Sequence[Example], clock: _Clock) -> Drawn:
+        """Sample and grade one batch of prompts."""
+        settings, engine = self.settings, self.engine
+        assert self.loaded is not None
+        key = jax.random.fold_in(jax.random.key(settings.seed), SAMPLING)
+        key = jax.random.fold_in(key, number)
+        questions = encode_questions(engine, examples, aware=settings.policy_rollout)
+        if not questions.examples:
             raise ValueError(
-                f"none of the prompts {[example.example_id for example in examples[:4]]} ... fits"
-                f" {max(self.settings.prompt_buckets)} tokens and {self.settings.windows} windows;"
+                f"none of the prompts {questions.dropped[:4]} ... fits"
+                f" {max(engine.sizes.token_buckets)} tokens and {max(engine.sizes.window_buckets)}"
+                " windows;"
                 " add a larger bucket to --config.prompt_buckets"
             )
-        filled = list(itertools.islice(itertools.cycle(kept), len(examples)))
-        return filled, len(examples) - len(kept)
-
-    def _rollouts(self, params, number, examples, free: View):
-        """(tokens [Q, R, S], lengths [Q, R], stopped [Q, R], logprobs [Q, R, S]) on the host."""
-        key = jax.random.fold_in(jax.random.key(self.settings.seed), SAMPLING)
-        key = jax.random.fold_in(key, number)
-        ids = prompt_ids([example.example_id for example in examples], len(examples))
-        drawn = [
-            self.sample_free(params, self._place(free.batch), jax.random.fold_in(key, FREE), ids)
-        ]
-        if self.settings.policy_rollout:
-            aware = self._view(examples, policy_in_prompt=True)
-            drawn.append(
-                self.sample_aware(
-                    params, self._place(aware.batch), jax.random.fold_in(key, AWARE), ids
+        free = make_free_view(engine, questions, settings.prompts)
+        views = [free]
+        if settings.policy_rollout:
+            views.append(
+                make_aware_view(engine, questions, settings.prompts, settings.policy_chunk)
+            )
+        visual = encode_visual(engine, self.loaded, free)
+        asked: list[Asked] = []
+        for purpose, view in enumerate(views):
+            asked.append(
+                read_prompts(
+                    engine,
+                    self.loaded,
+                    view,
+                    visual if view is free or view.policies else None,
+                    self.samplers[purpose],
+                    jax.random.fold_in(key, (FREE, AWARE)[purpose]),
+                    questions.examples,
                 )
             )
-        drawn = jax.device_get(drawn)
-        return tuple(
-            np.concatenate([getattr(part, name) for part in drawn], axis=1)
+        jax.block_until_ready([one.last for one in asked])
+        clock.lap("prefill")
+        # both views are on their way before the first is looked at: grading overlaps sampling
+        answers = [answer(self.loaded, one) for one in asked]
+        parts, texts, grades, rewards, failures = [], [], [], [], []
+        for view, rollouts in zip(views, answers, strict=True):
+            part = fetch(view, rollouts)
+            clock.lap("decode")
+            said, rewarded, failed = self._grade(questions.examples, part)
+            clock.lap("grade")
+            parts.append(part)
+            texts.append(said)
+            grades.append([[grade for grade, _ in row] for row in rewarded])
+            rewards.append([[value for _, value in row] for row in rewarded])
+            failures += failed
+        count = len(questions.examples) * settings.group_size * 2
+        self.last_failures = failures
+        check_failures(failures, count, settings.max_failed_grades)
+        tokens, lengths, stopped, sampled = (
+            np.concatenate([getattr(part, name) for part in parts], axis=1)
             for name in ("tokens", "lengths", "stopped", "logprobs")
         )
+        total = np.concatenate([np.asarray(part, np.float32) for part in rewards], axis=1)
+        groups = [
+            Group(example, tokens[q], lengths[q], stopped[q], sampled[q], total[q])
+            for q, example in enumerate(questions.examples)
+        ]
+        joined = [[*a, *b] for a, b in zip(grades[0], grades[-1], strict=True)]
+        said = [[*a, *b] for a, b in zip(texts[0], texts[-1], strict=True)]
+        if len(views) == 1:
+            joined, said = grades[0], texts[0]
+        return Drawn(groups, joined, said, failures, questions.dropped)
 
-    def _view(self, examples, *, policy_in_prompt: bool) -> View:
-        return make_view(
-            examples,
-            self.processor,
-            policy_in_prompt=policy_in_prompt,
-            token_buckets=self.settings.prompt_buckets,
-            windows=self.settings.windows,
+    def _grade(self, examples: Sequence[Example], part) -> tuple[list, list, list[Failure]]:
+        """(texts [Q][G], (grade, reward) [Q][G], failures) of one view."""
+        count = part.lengths.shape[1]
+        texts = [
+            [
+                decode_completion(self.engine.processor, part.tokens[q, g, : part.lengths[q, g]])
+                for g in range(count)
+            ]
+            for q in range(len(examples))
+        ]
+        found = reward_completions(
+            [text for row in texts for text in row],
+            [example for example in examples for _ in range(count)],
+            part.stopped.reshape(-1).tolist(),
+            self.weights,
+            needs_think=self.settings.needs_think,
+        )
+        lengths = part.lengths + ~part.stopped  # cut off = one token too long
+        penalty = np.asarray(
+            overlong_penalty(lengths, self.settings.max_new_tokens, self.settings.overlong_tokens)
+        ).reshape(-1)
+        pairs = [
+            (grade, value + float(extra))
+            for grade, value, extra in zip(found.grades, found.rewards, penalty, strict=True)
+        ]
+        rows = [pairs[q * count : (q + 1) * count] for q in range(len(examples))]
+        return texts, rows, found.failures
+
+    def _with_behavior(self, groups: Sequence[Group]) -> list[Group]:
+        """Groups with the log-probs of the actor that sampled them, before that actor changes."""
+        assert self.loaded is not None
+        size, aged = self.settings.update_prompts, []
+        for start in range(0, len(groups), size):
+            part = groups[start : start + size]
+            batch = self._group_batch(part)
+            scored = jax.device_get(self._score(self.loaded.params, batch, None))
+            aged += [
+                dataclasses.replace(group, behavior_logprobs=logprobs)
+                if group.behavior_logprobs is None
+                else group
+                for group, logprobs in zip(part, scored, strict=False)
+            ]
+        return aged
+
+    def _group_batch(self, groups: Sequence[Group]) -> GroupBatch:
+        return make_group_batch(
+            groups,
+            self.engine.processor,
+            self.engine.sizes,
+            self.settings.completion_buckets,
+            self.settings.update_prompts,
         )
 
+    def _score(self, params: Any, batch: GroupBatch, visual: jax.Array | None) -> jax.Array:
+        prompts, completions = self._place((batch.prompts, batch.completions))
+        return self.score(params, prompts, visual, completions)
+
+    def _frozen_visual(self, params: Any, batch: GroupBatch) -> jax.Array | None:
+        """Visual tokens for scores and update where the tower is frozen: encoded once for all."""
+        if self.step.trainable == "all":
+            return None
+        return self.engine.encode(params, self._place(batch.prompts))
+
     def _place(self, batch: Any) -> Any:
-        return place_batch(batch, self.mesh)
+        return place_batch(batch, self.engine.mesh)
 
-    def _free_count(self, tokens: np.ndarray) -> int:
-        return self.settings.group_size if self.settings.policy_rollout else tokens.shape[1]
-
-    def _grade(self, examples, tokens, lengths, stopped) -> tuple[list, list[list[Grade]]]:
-        texts, grades = [], []
-        for q, example in enumerate(examples):
-            said = [
-                decode_completion(self.processor, tokens[q, i, : lengths[q, i]])
-                for i in range(tokens.shape[1])
-            ]
-            texts.append(said)
-            grades.append(
-                [
-                    grade_completion(text, example.answer, stopped=bool(stopped[q, i]))
-                    for i, text in enumerate(said)
-                ]
-            )
-        return texts, grades
-
-    def _updates(self, state, rows, images, rewards, behavior, reference):
-        """One optimizer update per `update_prompts` prompts; metrics are their means."""
-        num_prompts, rollouts = rewards.shape
+    def _updates(
+        self, state: TrainState, groups: Sequence[Group], clock: _Clock
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """One optimizer update per `update_prompts` groups; metrics are their means."""
         size = self.settings.update_prompts
-        totals: collections.Counter = collections.Counter()
-        for start in range(0, num_prompts, size):
-            groups = slice(start, start + size)
-            flat = slice(start * rollouts, (start + size) * rollouts)
-            part = jax.tree.map(lambda leaf, flat=flat: leaf[flat], rows)
-            pictures = {name: leaf[groups] for name, leaf in images.items()}
+        parts = [groups[start : start + size] for start in range(0, len(groups), size)]
+        batches = [self._group_batch(part) for part in parts]
+        visual = [self._frozen_visual(state.params, batch) for batch in batches]
+        # the first update after sampling is on-policy: behavior = actor
+        on_policy = len(parts) == 1 and all(g.behavior_logprobs is None for g in groups)
+        behavior: list[Any] = [None] * len(parts)
+        reference: list[Any] = [None] * len(parts)
+        for i, (part, batch) in enumerate(zip(parts, batches, strict=True)):
+            if not on_policy:
+                behavior[i] = self._behavior(state.params, part, batch, visual[i])
+            if self.reference is not None:
+                _, frozen = split_params(state.params, self.step.trainable)
+                anchor = join_params(self.reference, frozen)
+                reference[i] = self._score(anchor, batch, visual[i])
+        jax.block_until_ready((behavior, reference))
+        clock.lap("score")
+        totals: dict[str, Any] = collections.defaultdict(float)
+        for i, batch in enumerate(batches):
             state, metrics = self.update(
-                state,
-                self._place(part),
-                self._place(pictures),
-                self._place(rewards[groups]),
-                self._place(behavior[flat]),
-                self._place(reference[flat]),
+                state, self._place(batch), visual[i], behavior[i], reference[i]
             )
             for name, value in metrics.items():
-                totals[name] += value / (num_prompts // size)
+                totals[name] += value / len(batches)
+        used = sum(int(group.lengths.sum()) for group in groups)
+        room = sum(
+            batch.prompts.tokens.size + batch.completions[:, :, 1:].size for batch in batches
+        )
+        prompt_tokens = sum(int(b.prompts.lengths[b.prompts.valid].sum()) for b in batches)
+        totals["rollouts/padding_waste"] = 1 - (used + prompt_tokens) / room
+        jax.block_until_ready(state.step)
+        clock.lap("update")
         return state, dict(totals)
 
-    def _rollout_metrics(self, grades, rewards, lengths, stopped) -> dict[str, Any]:
+    def _behavior(
+        self, params: Any, groups: Sequence[Group], batch: GroupBatch, visual: jax.Array | None
+    ) -> jax.Array:
+        """Behavior log-probs of a batch: kept ones of older groups, fresh ones of the others."""
+        kept = behavior_of(groups, batch.completions.shape[-1], len(batch.rewards))
+        if any(group.behavior_logprobs is None for group in groups):
+            fresh = jax.device_get(self._score(params, batch, visual))
+            for i, group in enumerate(groups):
+                if group.behavior_logprobs is None:
+                    kept[i] = fresh[i]
+        return self._place(kept)
+
+    def _rollout_metrics(
+        self, drawn: Sequence[Drawn], attempts: int, used: int, clock: _Clock
+    ) -> dict[str, Any]:
+        """What is told of everything that was sampled in this step."""
+        free = self.settings.free_rollouts
+        grades = [row for part in drawn for row in part.grades]
+        groups = [group for part in drawn for group in part.groups]
+        self.last_rollouts = [record for part in drawn for record in _as_records(part, free)]
+        metrics: dict[str, Any] = {
+            "rollouts/groups": used,
+            "rollouts/attempts": attempts,
+            "rollouts/failed_grades": sum(len(part.failures) for part in drawn),
+            "inputs/dropped_too_long": sum(len(part.dropped) for part in drawn),
+        }
+        if not groups:
+            return metrics
         accuracy = np.asarray([[grade.accuracy for grade in row] for row in grades])
-        free = self._free_count(accuracy)
-        spread = rewards.std(axis=1) > 1e-6
-        free_spread = rewards[:, :free].std(axis=1) > 1e-6
+        rewards = np.stack([group.rewards for group in groups])
+        lengths = np.stack([group.lengths for group in groups])
+        stopped = np.stack([group.stopped for group in groups])
+        spread = np.ptp(rewards, axis=1) > SPREAD
+        free_spread = np.ptp(rewards[:, :free], axis=1) > SPREAD
         reasons = collections.Counter(grade.reason for row in grades for grade in row)
-        metrics = {
+        seconds = clock.laps.get("time/prefill_s", 0.0) + clock.laps.get("time/decode_s", 0.0)
+        metrics |= {
             "rollouts/reward_mean": float(rewards.mean()),
             "rollouts/accuracy_free": float(accuracy[:, :free].mean()),
             "rollouts/zero_variance_share": float(1 - spread.mean()),
             "rollouts/completion_tokens": float(lengths.mean()),
             "rollouts/cut_off_share": float(1 - stopped.mean()),
+            "rollouts/empty_share": float(((lengths <= 1) & stopped).mean()),
             "rollouts/format_share": reasons["ok"] / lengths.size,
             "rollouts/format_failures": {k: v for k, v in reasons.items() if k != "ok"},
+            "rollouts/tokens_per_s": float(lengths.sum()) / max(seconds, 1e-9),
         }
         if self.settings.policy_rollout:
             aware = float(accuracy[:, free:].mean())
@@ -258,164 +509,30 @@ class RLStep:
         return metrics
 
 
-def make_scorer(
-    config: VLMConfig, step: StepSettings
-) -> Callable[[Any, Batch, dict[str, jax.Array]], jax.Array]:
-    """A jitted `score(params, rows, images) -> logprobs float32 [Q * R, T - 1]`."""
-
-    def score(params: Any, rows: Batch, images: dict[str, jax.Array]) -> jax.Array:
-        params = cast_weights(params, step.dtype)
-        visual = _repeated_visual(params, config, rows, images, step)
-        logprobs, _ = row_logprobs(params, config, rows, visual, step)
-        return logprobs
-
-    return jax.jit(score)
-
-
-def make_update(
-    config: VLMConfig,
-    optimizer: optax.GradientTransformation,
-    objective: GRPOSettings,
-    step: StepSettings,
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """A jitted `update(state, rows, images, rewards, behavior, reference)`; state donated.
-
-    rows: Q * R rows, row q * R + i is rollout i of prompt q; images: arrays of Q prompts; rewards
-    float32 [Q, R]; behavior, reference float32 [Q * R, T - 1]. The group advantage is computed
-    inside, so the rewards of a whole joint group must be in one call.
-    """
-
-    def update(state, rows: Batch, images, rewards, behavior, reference):
-        num_prompts, rollouts = rewards.shape
-        trained, frozen = split_params(state.params, step.trainable)
-        frozen = cast_weights(frozen, step.dtype)
-        tokens = rows.tokens.shape[1]
-
-        def grouped(leaf):  # [Q * R, ...] -> [Q, R, ...]
-            return leaf.reshape(num_prompts, rollouts, *leaf.shape[1:])
-
-        def ungrouped(leaf):  # [q, R, ...] -> [q * R, ...]
-            return leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
-
-        def loss_of(trained: Flat, micro):
-            groups, pictures, micro_rewards, micro_behavior, micro_reference = micro
-            params = join_params(trained, frozen)
-            flat = jax.tree.map(ungrouped, groups)
-            visual = _repeated_visual(params, config, flat, pictures, step)
-            logprobs, entropy = row_logprobs(params, config, flat, visual, step)
-            mask = groups.loss_mask[:, :, 1:]
-            shape = (*micro_rewards.shape, tokens - 1)
-            loss, metrics = grpo_loss(
-                logprobs.reshape(shape),
-                micro_behavior,
-                micro_reference,
-                micro_rewards,
-                mask,
-                objective,
-                num_prompts,
-            )
-            count = jnp.maximum(jnp.sum(rows.loss_mask[:, 1:]), 1)
-            entropy_sum = jnp.sum(jnp.where(mask, entropy.reshape(shape), 0.0))
-            return loss, metrics | {"train/entropy": jax.lax.stop_gradient(entropy_sum / count)}
-
-        micro_batches = split_micro_batches(
-            (
-                jax.tree.map(grouped, rows),
-                images,
-                rewards,
-                grouped(behavior),
-                grouped(reference),
-            ),
-            step.micro_batches,
-        )
-        gradients, metrics = accumulate_gradients(
-            loss_of, cast_weights(trained, step.dtype), micro_batches
-        )
-        state, norm = apply_gradients(state, gradients, optimizer, step.trainable)
-        return state, metrics | {"train/grad_norm": norm}
-
-    return jax.jit(update, donate_argnums=0)
-
-
-def _repeated_visual(params, config, rows: Batch, images, step: StepSettings) -> jax.Array:
-    """Visual tokens of Q prompts, encoded once, repeated for their R rows: [Q * R, M, D]."""
-    visual = vlm.encode_images(
-        params,
-        config,
-        images["patches"],
-        images["patch_hw"],
-        images["patch_segment"],
-        dtype=step.dtype,
-        remat=step.remat,
-    )
-    return jnp.repeat(visual, rows.tokens.shape[0] // visual.shape[0], axis=0)
-
-
-def _images_of(batch: Batch) -> dict[str, np.ndarray]:
-    return {
-        "patches": np.asarray(batch.patches),
-        "patch_hw": np.asarray(batch.patch_hw),
-        "patch_segment": np.asarray(batch.patch_segment),
-    }
-
-
-def _sampler(config, processor, settings: RLSettings, completions: int, dtype: str):
-    sampler = SamplerSettings(
-        completions=completions,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        dtype=dtype,
-    )
-    return make_sampler(config, sampler, len(processor.tokenizer))
-
-
-def _logprob_metrics(rows: Batch, behavior, sampled, lengths, free: int) -> dict[str, float]:
-    """How far the recomputed log-probabilities are from those of sampling.
-
-    For free completions the two are the same distribution, so the difference is numerical; for
-    aware ones it is what the policy-free prompt does not know yet.
-    """
-    num_prompts, rollouts, steps = sampled.shape
-    count = np.asarray(lengths)
-    mask = np.arange(steps)[None, None] < count[..., None]
-    again = np.zeros_like(sampled)
-    for q in range(num_prompts):
-        for i in range(rollouts):
-            at = q * rollouts + i
-            chosen = behavior[at][rows.loss_mask[at, 1:]]
-            again[q, i, : len(chosen)] = chosen
-    difference = np.where(mask, again - sampled, 0.0)
-    metrics = {"rollouts/logprob_gap_max": float(np.abs(difference[:, :free]).max())}
-    if free < rollouts:
-        tokens = max(int(mask[:, free:].sum()), 1)
-        metrics["rollouts/aware_log_ratio_mean"] = float(difference[:, free:].sum() / tokens)
-    return metrics
-
-
-def _as_records(examples, texts, grades, free: int) -> list[dict[str, Any]]:
+def _as_records(part: Drawn, free: int) -> list[dict[str, Any]]:
     return [
         {
-            "example_id": example.example_id,
-            "answer": example.answer,
+            "example_id": group.example.example_id,
+            "answer": group.example.answer,
             "view": "policy_free" if i < free else "policy_aware",
             "completion": text,
             "accuracy": grade.accuracy,
+            "reward": float(group.rewards[i]),
             "format": grade.reason,
         }
-        for example, row, row_grades in zip(examples, texts, grades, strict=True)
+        for group, row, row_grades in zip(part.groups, part.texts, part.grades, strict=True)
         for i, (text, grade) in enumerate(zip(row, row_grades, strict=True))
     ]
 
 
 class _Clock:
-    """Seconds of the parts of a step."""
+    """Seconds of the parts of a step; a part that comes again is added up."""
 
     def __init__(self):
         self.laps: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[f"time/{name}_s"] = now - self._last
+        now, name = time.perf_counter(), f"time/{name}_s"
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
         self._last = now

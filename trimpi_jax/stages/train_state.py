@@ -201,6 +201,8 @@ def accumulate_gradients(
     The gradients of one micro-batch have the dtype of `trained`: give the weights as they are used
     (`cast_weights`), and a bfloat16 step never holds float32 gradients unless it has to add some.
 
+    Of a metric whose name ends in "_max" the largest is kept.
+
     The losses of the micro-batches add up to the loss of the step, so `loss_of` divides by the
     denominator of the whole batch, and the result does not depend on how it was cut.
     """
@@ -212,7 +214,14 @@ def accumulate_gradients(
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _wide(leaf.dtype)), shapes)
 
     def add(total, micro):
-        return jax.tree.map(jnp.add, total, gradient_of(trained, micro)), None
+        gradients, metrics = gradient_of(trained, micro)
+        joined = {
+            name: jnp.maximum(total[1][name], value)
+            if name.endswith("_max")
+            else total[1][name] + value
+            for name, value in metrics.items()
+        }
+        return (jax.tree.map(jnp.add, total[0], gradients), joined), None
 
     total, _ = jax.lax.scan(add, zeros, micro_batches)
     return total
