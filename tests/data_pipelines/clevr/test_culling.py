@@ -38,7 +38,7 @@ def test_few_tiles_are_kept_in_vain(shape):
     scene = Scene("one", (thing,))
     (kept,) = touched([scene], 320, 240)
     needed = tiles_of(render_masks([scene], width=320, height=240)[0])
-    # the rim: tiles touched beside their pixel centres; the box around a sphere keeps twice as many
+    # the rim: tiles that are touched beside their pixel centres, and what the hull is too wide
     assert needed.sum() <= kept.sum() <= 1.5 * needed.sum()
 
 
