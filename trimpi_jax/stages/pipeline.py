@@ -166,6 +166,15 @@ def execution(model: VLMConfig, config: ConfigDict, platform: str) -> VLMConfig:
     attention = choose_implementation(
         config.attention, platform, config.dtype, model.text.head_width
     )
+    packed = [name for name in config.stages if config[name].get("pack_tokens", 0)]
+    if packed and attention == "cudnn":  # it knows no segments
+        if config.attention != "auto":
+            raise ValueError(
+                f"attention {config.attention!r} is cuDNN here, which cannot keep the examples of"
+                f" packed rows apart: set pack_tokens and pack_windows of {packed} to 0, or"
+                " --config.attention=xla"
+            )
+        attention = "xla"
     return dataclasses.replace(model, layer_loop=config.layer_loop, attention=attention)
 
 
