@@ -51,6 +51,8 @@ def set_rl(section: ConfigDict) -> None:
     section.prompts = 4
     section.update_prompts = 4
     if "policy_chunk" in section:
+        section.policy_chunk = 4  # there is one policy: all prompts of a step share it
+    if "policy_chunk" in section:
         section.policy_chunk = 4  # all questions are about one document
 
 

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from data_pipelines.answer_forms import gold_problem, parse_form, parse_number
 from data_pipelines.example import Example, completion_text
 from data_pipelines.own_policy.user_function import file_sha256
+from trimpi_jax.grading.answers import RewardWeights
 from trimpi_jax.grading.grader import grade_completions
+from trimpi_jax.grading.rewards import reward_completions
 
 
 def grade(form, gold, *answers, facts=None):
@@ -132,7 +134,12 @@ def test_python_function(tmp_path):
     assert (right.accuracy, right.format, right.details) == (0.75, 1.0, {"age": 3.0})
     assert wrong.accuracy == 0.5
     assert (bad.accuracy, bad.format) == (0.0, 1.0)
-    assert bad.details == {"problem": "function_error", "error": "ValueError: oh"}
+    assert bad.details == {"problem": "function_error", "grader_error": "ValueError: oh"}
+    example = Example("e", (), "q", "x", meta={"answer_form": form, "facts": {"age": 3}})
+    texts = [completion_text("so", answer) for answer in ("x", "bad")]
+    counted = reward_completions(texts, [example] * 2, [True] * 2, RewardWeights(0.9, 0.1))
+    assert counted.rewards == pytest.approx([0.775, 0.0])
+    assert counted.failures == [("e", texts[1], "ValueError: oh")]
 
 
 def test_no_box_is_a_reason_in_every_form(tmp_path):

@@ -32,7 +32,7 @@ from data_pipelines.answer_forms import (
 )
 from data_pipelines.example import Example
 from data_pipelines.own_policy.user_function import call_user_function
-from trimpi_jax.grading.answers import Grade, find_boxes, format_reason
+from trimpi_jax.grading.answers import GRADER_ERROR, Grade, find_boxes, format_reason
 from trimpi_jax.grading.text_similarity import DEFAULT_ENCODER, bert_scores, load_encoder
 from trimpi_jax.grading.tool_calls import (
     ARGUMENT_WEIGHT,
@@ -198,8 +198,8 @@ def grade_python(
             form.file, form.function, form.time_limit_s, calls, sha256=form.sha256
         )
         for i, verdict in zip(places, verdicts, strict=True):
-            error = {"problem": "function_error", "error": verdict.error} if verdict.error else {}
-            scored[i] = verdict.score, {**verdict.details, **error}
+            problem = {"problem": "function_error", GRADER_ERROR: verdict.error}
+            scored[i] = verdict.score, verdict.details | (problem if verdict.error else {})
     return [
         _grade(
             text,

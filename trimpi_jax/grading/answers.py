@@ -19,6 +19,7 @@ from data_pipelines.answer_forms import normalize
 _THOUGHT = re.compile(r"\s*<think>.*</think>\s*", re.S)
 _BOX_START = re.compile(r"\\boxed\{")
 
+GRADER_ERROR = "grader_error"  # key in a Grade's details: why the grader itself failed
 FORMAT_REASONS = ("ok", "cut_off", "no_think", "repeated_think", "no_box", "text_around")
 
 

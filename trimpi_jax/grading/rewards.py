@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from data_pipelines.example import Example
-from trimpi_jax.grading.answers import Grade, RewardWeights, reward
+from trimpi_jax.grading.answers import GRADER_ERROR, Grade, RewardWeights, reward
 from trimpi_jax.grading.grader import grade_completions
 
 FAILED = "grader_failed"  # the reason of a Grade that could not be made
@@ -67,6 +67,8 @@ def reward_completions(
                 grades.append(fail(i, f"{type(error).__name__}: {error}"))
     rewards = []
     for i, grade in enumerate(grades):
+        if why := grade.details.get(GRADER_ERROR):  # a user's function in its own process
+            grades[i] = grade = fail(i, why)
         value = reward(grade, weights)
         if not math.isfinite(value):
             grades[i] = fail(i, f"reward {value} of accuracy {grade.accuracy}")
