@@ -41,6 +41,7 @@ def test_three_stages_on_a_folder_graded_by_a_function(tmp_path, tiny_base):
             "eval.rows": 8,
             "vm_cpt.epochs": 1.0,
             "vm_cpt.batch": 8,
+            "vm_cpt.micro_batches": 1,  # a row for each of the eight fake devices
             "cot_sft.epochs": 1,
             "rl.steps": 1,
             "rl.prompts": 8,
