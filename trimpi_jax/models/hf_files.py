@@ -6,7 +6,7 @@ the system maps for it are given back at once. Pickled weights are never opened.
 
 Source: the safetensors format, https://huggingface.co/docs/safetensors (8 bytes of header length,
 a JSON header of dtype, shape and data_offsets, then the data).
-Next: trimpi_jax/models/hf_weights.py
+Next: trimpi_jax/models/hf_checks.py
 """
 
 from __future__ import annotations

@@ -24,14 +24,13 @@ import jax
 from trimpi_jax.io.checkpoints import restore_params, saved_steps
 from trimpi_jax.models import vlm
 from trimpi_jax.models.config import VLMConfig
+from trimpi_jax.models.hf_checks import read_config, stored_dtype
 from trimpi_jax.models.hf_files import STORED_DTYPES
 from trimpi_jax.models.hf_folder import complete_folder
 from trimpi_jax.models.hf_weights import (
     MAX_SHARD_BYTES,
     copy_hf,
-    read_config,
     save_hf,
-    stored_dtype,
 )
 from trimpi_jax.models.lora import lora_axes, merge_lora
 from trimpi_jax.models.peft_adapter import save_adapter, set_adapter_base

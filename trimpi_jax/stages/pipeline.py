@@ -53,7 +53,7 @@ from trimpi_jax.inputs.encode import EncodedRow
 from trimpi_jax.io.progress import Progress
 from trimpi_jax.io.report import result_table, write_report
 from trimpi_jax.models.config import VLMConfig
-from trimpi_jax.models.hf_weights import stored_dtype
+from trimpi_jax.models.hf_checks import stored_dtype
 from trimpi_jax.models.layers import cast_weights
 from trimpi_jax.models.lora import add_lora, merge_lora
 from trimpi_jax.models.processor import Processor
