@@ -6,7 +6,13 @@ from trimpi_jax.evaluators.questions import summarize
 
 
 def record(accuracy, reason="ok", **details):
-    return {"accuracy": accuracy, "format": reason, "prompt_tokens": 10, "details": details}
+    return {
+        "accuracy": accuracy,
+        "format": reason,
+        "prompt_tokens": 10,
+        "details": details,
+        "groups": {},
+    }
 
 
 def test_parts_of_a_point_are_a_score_and_not_right_answers():

@@ -1,31 +1,39 @@
 """Ask a model the questions of a split, with or without the policy in the prompt, and grade.
 
-Two of the paper's evaluations differ by the prompt only: *Main* (no policy in the prompt) and
-*Policy In-Context* (the original policy put back).
+Three of the paper's evaluations differ by the prompt only:
 
-In: parameters, Examples. Out: one record per question; `summarize` gives counts and Wilson
-intervals.
+    Main                no policy in the prompt
+    Policy In-Context   the original policy put back
+    Policy Override     a changed policy of the same name; the gold answer follows it
+
+In: parameters, Examples. Out: one record per question; `summarize` gives counts, intervals and
+groups, `summarize_override` says which of the two policies the answers follow.
 
 Source: paper section 5.
-Next: trimpi_jax/evaluators/efficiency.py
+Next: trimpi_jax/evaluators/statistics.py
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from scipy.stats import binomtest
 
 from data_pipelines.example import Example
-from trimpi_jax.grading.grader import grade_completions
+from trimpi_jax.evaluators.statistics import break_down, rate, score_records
+from trimpi_jax.grading.answers import Grade
+from trimpi_jax.grading.grader import answer_form, grade_completions
+from trimpi_jax.inputs.batching import plan_buckets
 from trimpi_jax.inputs.encode import policy_key
+from trimpi_jax.inputs.sizes import SizeReader
 from trimpi_jax.models.processor import decode_completion
 from trimpi_jax.rollouts.choosing import SamplerSettings
 from trimpi_jax.rollouts.engine import Engine, Weights, ask, prompt_lengths
+from trimpi_jax.rollouts.groups import PromptSizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +58,36 @@ class Evaluator:
             dtype=settings.dtype,
         )
         self.weights: Weights | None = None
+        self.seconds = {"total": 0.0, "grading": 0.0}  # of everything asked so far
 
     def load(self, params: Any) -> None:
         """Use these weights from now on."""
         self.weights = self.engine.load(params, self.weights)
+
+    def unload(self) -> None:
+        """Forget the weights, so that their memory can be used or donated."""
+        self.weights = None
+
+    def changed(self, examples: Sequence[Example] = (), **settings: Any) -> Evaluator:
+        """An evaluator of the same weights with other settings.
+
+        Args:
+            examples: their prompts fit, with and without the policy; none = the same buckets.
+            settings: fields of `EvaluationSettings`.
+        """
+        engine = self.engine
+        if examples:
+            reader = SizeReader(engine.processor)
+            sizes = [reader.measure(example) for example in examples]
+            prompts = [size.free for size in sizes] + [size.aware for size in sizes if size.aware]
+            fitting = PromptSizes(
+                plan_buckets([prompt.tokens for prompt in prompts]),
+                plan_buckets([prompt.windows for prompt in prompts], rounded=False),
+            )
+            engine = dataclasses.replace(engine, sizes=fitting)
+        other = Evaluator(engine, dataclasses.replace(self.settings, **settings))
+        other.weights, other.seconds = self.weights, self.seconds
+        return other
 
     def ask(
         self,
@@ -61,8 +95,17 @@ class Evaluator:
         *,
         policy_in_prompt: bool,
         on_progress: Callable[[int], None] = lambda done: None,
+        on_records: Callable[[Mapping[int, dict[str, Any]]], None] = lambda records: None,
     ) -> list[dict[str, Any]]:
-        """One record per Example, in order; a prompt that fits no bucket is counted as wrong."""
+        """One record per Example, in order; a prompt that fits no bucket is counted as wrong.
+
+        Args:
+            examples: the questions.
+            policy_in_prompt: whether each Example's policy is in its prompt.
+            on_progress: told how many have been answered.
+            on_records: told the records of a batch, by place in `examples`, as soon as it is done.
+        """
+        started = time.perf_counter()
         records: dict[int, dict[str, Any]] = {}
         # questions about one policy go together: it is read once for all of them
         order = list(range(len(examples)))
@@ -75,15 +118,18 @@ class Evaluator:
                 first = policy_key(examples[chunk[0]])
                 chunk = [i for i in chunk if policy_key(examples[i]) == first]
             start += len(chunk)
-            records.update(self._ask_chunk(examples, chunk, policy_in_prompt))
+            answered = self._ask_chunk(examples, chunk, policy_in_prompt)
+            records.update(answered)
+            on_records(answered)
             on_progress(len(records))
+        self.seconds["total"] += time.perf_counter() - started
         return [records[i] for i in range(len(examples))]
 
     def _ask_chunk(
         self, examples: Sequence[Example], chunk: Sequence[int], aware: bool
     ) -> dict[int, dict[str, Any]]:
         engine, rows = self.engine, self.settings.rows
-        assert self.weights is not None
+        assert self.weights is not None, "load weights first"
         questions, rollouts = ask(
             engine,
             self.weights,
@@ -96,7 +142,7 @@ class Evaluator:
         )
         too_long = set(questions.dropped)
         records = {
-            i: _record(examples[i], 0, "", "prompt_too_long", 0.0, {})
+            i: _record(examples[i], 0, "", Grade(0.0, 0.0, None, "prompt_too_long"))
             for i in chunk
             if examples[i].example_id in too_long
         }
@@ -104,38 +150,31 @@ class Evaluator:
             decode_completion(engine.processor, rollouts.tokens[at, 0, : rollouts.lengths[at, 0]])
             for at in range(len(questions.examples))
         ]
+        started = time.perf_counter()
         grades = grade_completions(
             texts,
             questions.examples,
             [bool(ended) for ended in rollouts.stopped[:, 0]],
             needs_think=self.settings.needs_think,
         )
+        self.seconds["grading"] += time.perf_counter() - started
         places = [i for i in chunk if i not in records]
         lengths = prompt_lengths(questions, aware=aware)
         for i, count, text, grade in zip(places, lengths, texts, grades, strict=True):
-            records[i] = _record(
-                examples[i], count, text, grade.reason, grade.accuracy, grade.details
-            )
+            records[i] = _record(examples[i], count, text, grade)
         return records
 
 
 def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Counts, rates and the Wilson 95 % interval of the accuracy.
+    """Counts, rates, the Wilson 95 % interval of the accuracy, and the same for every group.
 
     `score` is the mean accuracy: more than the share of right answers where a grader gives parts of
     a point (tool calls, functions). `details` are the means of the graders' numbers, `problems`
-    counts why answers could not be graded, `text_encoders` are what compared texts.
+    counts why answers could not be graded, `text_encoders` are what compared texts, `groups` are
+    broken down by policy, depth, leaf, family, tool.
     """
-    correct = sum(record["accuracy"] == 1.0 for record in records)
     well_formed = sum(record["format"] == "ok" for record in records)
-    low, high = wilson_interval(correct, len(records))
-    return {
-        "count": len(records),
-        "correct": correct,
-        "accuracy": correct / max(len(records), 1),
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "score": sum(record["accuracy"] for record in records) / max(len(records), 1),
+    return score_records(records) | {
         "details": _mean_details(records),
         "problems": dict(
             collections.Counter(
@@ -148,7 +187,58 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "format_failures": dict(
             collections.Counter(r["format"] for r in records if r["format"] != "ok")
         ),
+        "groups": break_down(records),
     }
+
+
+def summarize_override(
+    records: Sequence[dict[str, Any]], examples: Sequence[Example], *, needs_think: bool
+) -> dict[str, Any]:
+    """Which policy the answers follow, where the changed and the trained one disagree.
+
+    Three shares of the questions on which they disagree: `prompt` (the changed policy that is in
+    the prompt), `trained` (the one in the weights, `meta["trained_answer"]`), `neither`.
+    """
+    differing = [
+        (record, example)
+        for record, example in zip(records, examples, strict=True)
+        if example.meta.get("trained_answer", example.answer) != example.answer
+    ]
+    grades = grade_completions(
+        [record["completion"] for record, _ in differing],
+        [dataclasses.replace(e, answer=e.meta["trained_answer"]) for _, e in differing],
+        [record["format"] != "cut_off" for record, _ in differing],
+        needs_think=needs_think,
+    )
+    prompt = sum(record["accuracy"] == 1.0 for record, _ in differing)
+    trained = sum(
+        grade.accuracy == 1.0 and record["accuracy"] < 1.0
+        for grade, (record, _) in zip(grades, differing, strict=True)
+    )
+    count = len(differing)
+    return {
+        "prompt": rate(prompt, count),
+        "trained": rate(trained, count),
+        "neither": rate(count - prompt - trained, count),
+    }
+
+
+def groups_of(example: Example) -> dict[str, str]:
+    """What a question is counted under: policy, depth, leaf, family, tool; as far as it has them.
+
+    The leaf is the gold answer where answers are one of few: an outcome of a policy, or a choice.
+    """
+    meta = example.meta
+    found = {"policy": example.policy_name, "depth": meta.get("depth"), "family": family(meta)}
+    if answer_form(example)["form"] in ("exact", "choice"):
+        found["leaf"] = example.answer
+    found["tool"] = meta.get("tool")
+    return {kind: str(name) for kind, name in found.items() if name not in (None, "")}
+
+
+def family(meta: Mapping[str, Any]) -> str:
+    """The task family: what the dataset calls so, or the task."""
+    return str(meta.get("family") or meta.get("task") or "")
 
 
 def _mean_details(records: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -160,29 +250,16 @@ def _mean_details(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in sorted(numbers.items())}
 
 
-def wilson_interval(correct: int, count: int) -> tuple[float, float]:
-    """Wilson score interval at 95 %; (0, 1) without data."""
-    if count == 0:
-        return 0.0, 1.0
-    interval = binomtest(correct, count).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
-
-
-def _record(
-    example: Example,
-    prompt_tokens: int,
-    text: str,
-    reason: str,
-    accuracy: float,
-    details: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+def _record(example: Example, prompt_tokens: int, text: str, grade: Grade) -> dict[str, Any]:
     return {
         "example_id": example.example_id,
         "policy_name": example.policy_name,
         "answer": example.answer,
         "completion": text,
-        "accuracy": accuracy,
-        "format": reason,
+        "parsed": grade.parsed,
+        "accuracy": grade.accuracy,
+        "format": grade.reason,
         "prompt_tokens": prompt_tokens,
-        "details": details or {},
+        "details": grade.details,
+        "groups": groups_of(example),
     }

@@ -1,0 +1,421 @@
+"""The suites: what can be asked of a model, and how a suite's result is kept.
+
+    DIR/main.json              a finished suite: identity, versions, summary, one record a question
+    DIR/main.records.jsonl     a half-done one: the records so far, where the next start goes on
+    DIR/results.json           all suites together, without the records
+
+A suite is a function of a `Context` that gives a `SuiteResult`. The same suites run inside training
+(stages/pipeline.py) and on a folder (stages/evaluate_folder.py). A suite whose file has the same
+identity (config, model, data, seed, number of questions) is not run again.
+
+Source: paper section 5.
+Next: trimpi_jax/stages/evaluate_folder.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from rich.table import Table
+
+from data_pipelines.example import Example
+from data_pipelines.shards import read_manifest
+from data_pipelines.streaming import read_split
+from trimpi_jax.evaluators.questions import Evaluator, summarize, summarize_override
+from trimpi_jax.evaluators.statistics import compare_records, format_rate
+from trimpi_jax.io.progress import Progress
+
+PACKAGES = ("trimpi_jax", "jax", "jaxlib", "flax", "numpy", "scipy", "transformers", "tokenizers")
+SHOWN_GROUPS = ("policy", "depth", "family", "tool")  # in the terminal; leaves are in the JSON
+MOST_GROUPS = 12  # of one kind, in the terminal
+
+
+class Unavailable(ValueError):
+    """A suite cannot be run with this data or config; says why and what would make it run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a suite may use. `folder` keeps its half-done work; `identity` is what is evaluated."""
+
+    evaluator: Evaluator  # its weights are loaded; `evaluator.changed(...)` for other settings
+    params: Any  # the same weights, for programs of a suite's own
+    config: ConfigDict  # of the run; every size is a number; a suite's options: config.eval.SUITE
+    data: Path  # folder of the dataset, with a manifest
+    folder: Path  # where results are kept
+    seed: int
+    progress: Progress
+    limit: int | None = None  # most questions of a split; None = all
+    identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def has_split(self, split: str) -> bool:
+        """Whether the dataset has questions of this split."""
+        splits = read_manifest(self.data)["splits"]
+        return split in splits and splits[split]["count"] > 0
+
+    def read(self, split: str) -> list[Example]:
+        """The first `limit` Examples of a split.
+
+        Raises:
+            Unavailable: the dataset has no such split, or it is empty.
+        """
+        if not self.has_split(split):
+            found = sorted(read_manifest(self.data)["splits"])
+            raise Unavailable(f"{self.data} has no questions in a split '{split}'; it has {found}")
+        return list(read_split(self.data, split, self.limit))
+
+    def option(self, suite: str, name: str, default: Any) -> Any:
+        """`config.eval.SUITE.NAME`, or the default."""
+        return self.config.eval.get(suite, ConfigDict()).get(name, default)
+
+    def ask(
+        self,
+        name: str,
+        examples: Sequence[Example],
+        *,
+        policy_in_prompt: bool,
+        evaluator: Evaluator | None = None,
+    ) -> list[dict[str, Any]]:
+        """One record per Example, in order; goes on where an earlier start was stopped.
+
+        Args:
+            name: of these questions within `folder`: the suite's, or SUITE-PART.
+            examples: the questions; their ids are unique.
+            policy_in_prompt: whether each Example's policy is in its prompt.
+            evaluator: another than the context's, see `Evaluator.changed`.
+
+        Raises:
+            Unavailable: there is no question.
+        """
+        if not examples:
+            raise Unavailable(f"{name}: the set of questions is empty")
+        evaluator = evaluator or self.evaluator
+        settings = [dataclasses.asdict(evaluator.settings), evaluator.engine.sizes]
+        facts = [dict(self.identity), policy_in_prompt, settings, _question_digest(examples)]
+        with _RecordFile(self.folder / f"{name}.records.jsonl", _digest(facts)) as kept:
+            missing = [e for e in examples if e.example_id not in kept.records]
+            before = len(examples) - len(missing)
+            if before and missing:
+                self.progress.say(f"{name}: going on behind {before} answers of an earlier start")
+            with self.progress.task(f"ask {name}", len(examples)) as bar:
+                bar(before, {})
+                evaluator.ask(
+                    missing,
+                    policy_in_prompt=policy_in_prompt,
+                    on_progress=lambda done: bar(before + done, {}),
+                    on_records=lambda records: kept.append(records.values()),
+                )
+            return [kept.records[example.example_id] for example in examples]
+
+
+@dataclasses.dataclass(frozen=True)
+class SuiteResult:
+    """What a suite found. Everything is JSON-able."""
+
+    summary: dict[str, Any]
+    records: list[
+        dict[str, Any]
+    ]  # one a question; "groups", "accuracy" and "answer" allow --against
+    lines: list[tuple[str, str]]  # (what, result) for the terminal
+
+
+Suite = Callable[[Context], SuiteResult]
+
+
+def run_main(context: Context) -> SuiteResult:
+    """Main: unseen images, no policy in the prompt."""
+    records = context.ask("main", context.read("test"), policy_in_prompt=False)
+    summary = summarize(records)
+    return SuiteResult(summary, records, describe(summary))
+
+
+def run_in_context(context: Context) -> SuiteResult:
+    """Policy In-Context: the same questions with their policy in the prompt."""
+    records = context.ask("in_context", context.read("test"), policy_in_prompt=True)
+    summary = summarize(records)
+    return SuiteResult(summary, records, describe(summary))
+
+
+def run_override(context: Context) -> SuiteResult:
+    """Policy Override: a changed policy of the same name in the prompt; gold answers follow it."""
+    examples = context.read("override")
+    records = context.ask("override", examples, policy_in_prompt=True)
+    needs_think = context.evaluator.settings.needs_think
+    follows = summarize_override(records, examples, needs_think=needs_think)
+    summary = summarize(records) | {"follows": follows}
+    lines = describe(summary)
+    for which, words in (("prompt", "the prompt's"), ("trained", "the trained")):
+        if follows[which]["count"]:
+            lines.append(
+                (f"follows {words} policy, where they differ", format_rate(follows[which]))
+            )
+    return SuiteResult(summary, records, lines)
+
+
+SUITES: dict[str, Suite] = {
+    "main": run_main,
+    "in_context": run_in_context,
+    "override": run_override,
+}
+PAPER_SUITES = ("main", "in_context", "override")  # what runs when nothing is named
+
+
+def describe(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a summary of `evaluators/questions.py` says in the terminal."""
+    lines = [("right", format_rate(summary))]
+    if abs(summary["score"] - summary["accuracy"]) > 1e-9:  # a grader that gives parts of a point
+        lines.append(("mean score", f"{100 * summary['score']:.1f}"))
+        lines += [(name, f"{100 * value:.1f}") for name, value in summary["details"].items()]
+    failures = ", ".join(f"{name} {n}" for name, n in summary["format_failures"].items())
+    lines.append(
+        ("format", f"{100 * summary['format_rate']:.1f} %" + (f" ({failures})" if failures else ""))
+    )
+    for problem, count in summary["problems"].items():
+        lines.append((f"problem {problem}", str(count)))
+    lines.append(("prompt tokens", f"{summary['prompt_tokens']:.0f}"))
+    for kind in SHOWN_GROUPS:
+        groups = summary["groups"].get(kind, {})
+        if 1 < len(groups) <= MOST_GROUPS:
+            for name, found in groups.items():
+                lines.append((f"{kind} {name}", format_rate(found)))
+    return lines
+
+
+def run_suites(
+    context: Context, names: Sequence[str], *, optional: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Run suites that have no result yet; name -> the content of its file.
+
+    Args:
+        context: of the model.
+        names: keys of SUITES.
+        optional: leave out, and say so, what is unavailable here; otherwise it is an error.
+
+    Raises:
+        Unavailable: listing every suite that cannot be run, when the others are done.
+    """
+    context.folder.mkdir(parents=True, exist_ok=True)
+    results, unavailable = {}, []
+    for name in names:
+        path = context.folder / f"{name}.json"
+        identity = dict(context.identity) | {"suite": name}
+        found = _read_result(path)
+        if found is not None and found["identity"] == identity:
+            context.progress.say(f"{name}: evaluated before, skipped ({path})")
+            results[name] = found
+            continue
+        evaluator = context.evaluator
+        before, started = dict(evaluator.seconds), time.perf_counter()
+        try:
+            result = SUITES[name](context)
+        except Unavailable as error:
+            if not optional:
+                unavailable.append(f"{name}: {error}")
+            context.progress.say(f"{name}: left out; {error}")
+            continue
+        seconds = {part: evaluator.seconds[part] - before[part] for part in before}
+        results[name] = {
+            "identity": identity,
+            "versions": versions(),
+            "seconds": {
+                "suite": time.perf_counter() - started,
+                "asking": seconds["total"],  # of this start; a continued one asked fewer
+                "grading": seconds["grading"],
+            },
+            "summary": result.summary,
+            "lines": [list(line) for line in result.lines],
+            "records": result.records,
+        }
+        write_json(path, results[name])
+        for pattern in (f"{name}.records.jsonl", f"{name}-*.records.jsonl"):
+            for half_done in context.folder.glob(pattern):
+                half_done.unlink()
+    if unavailable:
+        raise Unavailable("\n  ".join(["some suites could not be run:", *unavailable]))
+    return results
+
+
+def compare_results(
+    results: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mapping[str, Any]], seed: int
+) -> dict[str, dict[str, Any]]:
+    """Suite -> the two models on the same questions, for suites that both have.
+
+    Raises:
+        ValueError: there is none, or the questions differ.
+    """
+    shared = [name for name in results if name in other]
+    if not shared:
+        raise ValueError(
+            f"the other model was asked {sorted(other)}, this one {sorted(results)}: nothing to"
+            " compare"
+        )
+    compared = {}
+    for name in shared:
+        pair = results[name], other[name]
+        if any("answer" not in record for one in pair for record in one["records"]):
+            continue  # a suite without gold answers has nothing to pair
+        data = [one["identity"].get("data_sha256") for one in pair]
+        if data[0] != data[1]:
+            raise ValueError(f"{name}: the two models were asked about other datasets ({data})")
+        compared[name] = compare_records(pair[0]["records"], pair[1]["records"], seed=seed)
+    return compared
+
+
+def result_table(
+    results: Mapping[str, Mapping[str, Any]], against: Mapping[str, Mapping[str, Any]]
+) -> Table:
+    """The table for the terminal."""
+    table = Table(title="Evaluation, greedy decoding; [95 % interval]")
+    table.add_column("suite")
+    table.add_column("what")
+    table.add_column("result", justify="right")
+    for name, result in results.items():
+        lines = [*result["lines"]]
+        if name in against:
+            lines += describe_comparison(against[name])
+        for number, (what, text) in enumerate(lines):
+            table.add_row(name if number == 0 else "", what, text)
+        table.add_section()
+    return table
+
+
+def describe_comparison(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What `compare_records` found, in words."""
+    low, high = 100 * found["score_difference_low"], 100 * found["score_difference_high"]
+    lines = [
+        (
+            "against the other model",
+            f"{100 * found['score_difference']:+.1f} points [{low:+.1f}, {high:+.1f}]"
+            f" on {found['count']} questions",
+        ),
+        (
+            "only this / only the other is right",
+            f"{found['first_right_only']} / {found['second_right_only']},"
+            f" McNemar p = {found['mcnemar_p']:.3g}",
+        ),
+    ]
+    if found["only_in_first"] or found["only_in_second"]:
+        lines.append(
+            (
+                "questions of one model only, left out",
+                f"{found['only_in_first']} / {found['only_in_second']}",
+            )
+        )
+    return lines
+
+
+def describe_data(folder: Path) -> dict[str, Any]:
+    """The dataset's part of an identity: its recipe's name and a digest of all shards' digests."""
+    manifest = read_manifest(folder)
+    shards = {
+        name: [shard["sha256"] for shard in split["shards"]]
+        for name, split in manifest["splits"].items()
+    }
+    return {"dataset": manifest["recipe"].get("dataset", ""), "data_sha256": _digest(shards)}
+
+
+def config_digest(config: ConfigDict) -> str:
+    """sha256 of a config's JSON."""
+    return _digest(json.loads(config.to_json()))
+
+
+def folder_digest(folder: Path) -> str:
+    """sha256 of the files of a model folder or checkpoint: names and contents."""
+    total = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{path.relative_to(folder)} {content}\n".encode())
+    return total.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """What computed a result."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def write_json(path: Path, content: Any) -> None:
+    """A JSON file, complete or absent."""
+    part = path.with_suffix(".json.part")
+    part.write_text(json.dumps(content, indent=1))
+    os.replace(part, path)
+
+
+class _RecordFile:
+    """Records of half-done questions: a line with the key, then one line a record.
+
+    Lines of another key, or after one that a kill cut short, are dropped.
+    """
+
+    def __init__(self, path: Path, key: str):
+        self.path, self.key = path, key
+        self.records: dict[str, dict[str, Any]] = {}
+
+    def __enter__(self) -> _RecordFile:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = list(self._whole_lines())
+        if not lines or lines[0] != {"key": self.key}:
+            lines = [{"key": self.key}]
+        self.records = {record["example_id"]: record for record in lines[1:]}
+        part = self.path.with_suffix(".part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        os.replace(part, self.path)
+        self._file = self.path.open("a")
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._file.close()
+
+    def append(self, records: Any) -> None:
+        """Keep more records, on disk at once."""
+        for record in records:
+            self.records[record["example_id"]] = record
+            self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def _whole_lines(self) -> Iterator[dict[str, Any]]:
+        if self.path.is_file():
+            for text in self.path.read_text().splitlines():
+                try:
+                    yield json.loads(text)
+                except json.JSONDecodeError:
+                    return
+
+
+def _read_result(path: Path) -> dict[str, Any] | None:
+    """A suite's file; None where there is none or it is no result."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "identity" in found else None
+
+
+def _question_digest(examples: Sequence[Example]) -> str:
+    total = hashlib.sha256()
+    for example in examples:
+        facts = [example.example_id, example.query, example.answer, example.policy_text]
+        total.update(json.dumps(facts).encode())
+        for image in (*example.images, *example.policy_images):
+            total.update(hashlib.sha256(image).digest())
+    return total.hexdigest()
+
+
+def _digest(facts: Any) -> str:
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
