@@ -121,6 +121,7 @@ def make_rl(*, policy_rollout: bool, objective: str) -> ConfigDict:
     section.objective = objective
     section.prompts = 8
     section.update_prompts = 8
+    section.sample_prompts = 0  # sampled at a time, what the KV cache has room for; 0 = all
     section.group_size = 8  # G; a joint group has 2G rollouts, without PoRo all 2G are free
     section.policy_rollout = policy_rollout
     section.temperature = 1.0

@@ -170,6 +170,7 @@ def set_training(config: ConfigDict, *, gta: bool) -> None:
         section.steps = 50 if gta else 104  # paper: rollout steps
         section.prompts = 256 if gta else 384  # paper: rollout batch
         section.update_prompts = 4 * 8  # paper: update batch
+        section.sample_prompts = 32  # ours: 32 x 16 completions in the KV cache at a time
         section.group_size = 8  # ours: G is not stated
         section.temperature = 1.0  # ours: not stated; what importance ratios assume
         section.top_p = 1.0

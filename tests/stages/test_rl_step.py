@@ -37,6 +37,7 @@ SETTINGS = RLSettings(
     group_size=2,
     prompts=PROMPTS,
     update_prompts=PROMPTS,
+    sample_prompts=PROMPTS,
     policy_rollout=True,
     max_new_tokens=LENGTH,
     temperature=1.0,
@@ -266,6 +267,15 @@ def test_micro_batches_and_devices_change_nothing(monkeypatch, one_step, options
         assert_close(metrics[name], other[name])
 
 
+def test_sampling_a_few_prompts_at_a_time_changes_nothing(monkeypatch, one_step):
+    step = make_step(monkeypatch, dataclasses.replace(SETTINGS, sample_prompts=3))
+    found, metrics = take(step)
+    assert len(step.script.views) == 4  # three prompts and one, in two views
+    expected, other = one_step
+    assert equal(found, expected)
+    assert metrics["rollouts/reward_mean"] == other["rollouts/reward_mean"]
+
+
 def test_two_updates_a_step_score_the_behavior_first(monkeypatch):
     settings = dataclasses.replace(SETTINGS, update_prompts=PROMPTS // 2)
     step = make_step(monkeypatch, settings)
@@ -438,6 +448,7 @@ def test_a_grader_that_fails_too_often_ends_the_run(monkeypatch):
     ("changes", "message"),
     [
         ({"update_prompts": 3}, r"rl.prompts 4 is not a multiple of rl.update_prompts 3"),
+        ({"sample_prompts": 5}, "rl.sample_prompts 5 is not between 1 and rl.prompts 4"),
         ({"group_size": 0}, "group_size must be >= 1"),
         ({"group_size": 1, "policy_rollout": False}, ">= 2 without"),
         ({"temperature": 0.0}, "equal rollouts teach nothing"),

@@ -199,10 +199,14 @@ def branch_hidden_states(
     x = _embed(params, config, prompts.tokens, visual, prompts.visual_index, jnp.dtype(dtype))
     said = embed_tokens(params["language"], config.text, completions[:, :, :-1], x.dtype)
     # [Q R S-1 D] -> [Q (R S-1) D], behind the prompt
-    x = constrain(jnp.concatenate([x, said.reshape(rows, -1, x.shape[-1])], axis=1), "batch")
+    x = constrain(
+        jnp.concatenate([x, said.reshape(rows, branches * (size - 1), x.shape[-1])], axis=1),
+        "batch",
+    )
     after = (prompts.lengths + prompts.rope_delta)[:, None] + jnp.arange(size - 1)[None]
     after = jnp.broadcast_to(after[:, None, None], (rows, 3, branches, size - 1))
-    positions = jnp.concatenate([prompts.positions, after.reshape(rows, 3, -1)], axis=2)
+    after = after.reshape(rows, 3, branches * (size - 1))
+    positions = jnp.concatenate([prompts.positions, after], axis=2)
 
     def attend(q, k, v):
         trunk = [leaf[:, :length] for leaf in (q, k, v)]
@@ -212,7 +216,8 @@ def branch_hidden_states(
         ]
         on_trunk = causal_kernel(config.attention)(trunk[0], trunk[1], trunk[2])
         on_own = branch_attention(own[0], own[1], own[2], trunk[1], trunk[2], prompts.lengths)
-        return jnp.concatenate([on_trunk, on_own.reshape(rows, -1, *q.shape[2:])], axis=1)
+        on_own = on_own.reshape(rows, branches * (size - 1), *q.shape[2:])
+        return jnp.concatenate([on_trunk, on_own], axis=1)
 
     hidden, _ = run_language(
         params["language"],
@@ -226,7 +231,7 @@ def branch_hidden_states(
     last = jnp.maximum(prompts.lengths - 1, 0)[:, None, None]
     first = jnp.take_along_axis(hidden[:, :length], last, axis=1)[:, None]
     first = jnp.broadcast_to(first, (rows, branches, 1, hidden.shape[-1]))
-    others = hidden[:, length:].reshape(rows, branches, size - 1, -1)
+    others = hidden[:, length:].reshape(rows, branches, size - 1, hidden.shape[-1])
     return jnp.concatenate([first, others], axis=2)
 
 

@@ -61,6 +61,8 @@ def branch_attention(
       [Q, R, S, N, H] in the dtype of q.
     """
     _, _, s, _, h = q.shape
+    if not s:  # completions of one token: nothing is fed back
+        return q
     t = trunk_k.shape[1]
     block = max(MIN_BLOCK, -(-s // MAX_BLOCKS))
     see_trunk = (jnp.arange(t)[None] < trunk_lengths[:, None])[:, None, None, None, None]

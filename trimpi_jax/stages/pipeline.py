@@ -382,6 +382,7 @@ def rl_settings(config: ConfigDict) -> RLSettings:
         group_size=settings.group_size,
         prompts=settings.prompts,
         update_prompts=settings.update_prompts,
+        sample_prompts=settings.sample_prompts or settings.prompts,
         policy_rollout=settings.policy_rollout,
         max_new_tokens=config.max_new_tokens,
         temperature=settings.temperature,

@@ -192,10 +192,11 @@ def _rl_programs(config, model, mesh, vocabulary, params) -> Programs:
             top_p=sizes.top_p,
             dtype=step.dtype,
         )
-        chunks = 0 if view == "free" else _chunks(sizes.prompts, sizes.policy_chunk, mesh)
+        at_once = sizes.sample_prompts
+        chunks = 0 if view == "free" else _chunks(at_once, sizes.policy_chunk, mesh)
         yield from _sampling_programs(
             f"rl/{view}", config, model, mesh, vocabulary, params, weights, sampler,
-            sizes.prompts, chunks, held,
+            at_once, chunks, held,
         )  # fmt: skip
     allowed = allowed_tokens(model, vocabulary)
     distribution = Distribution(tuple(allowed.tolist()), sizes.temperature)

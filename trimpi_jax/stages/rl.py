@@ -79,6 +79,7 @@ class RLSettings:
     group_size: int
     prompts: int  # Q, groups of a step
     update_prompts: int  # groups of an optimizer update
+    sample_prompts: int  # prompts that are sampled at a time: what the KV cache has room for
     policy_rollout: bool
     max_new_tokens: int
     temperature: float
@@ -100,6 +101,11 @@ class RLSettings:
             problems.append(
                 f"rl.prompts {self.prompts} is not a multiple of rl.update_prompts"
                 f" {self.update_prompts}: an update takes whole groups"
+            )
+        if not 1 <= self.sample_prompts <= self.prompts:
+            problems.append(
+                f"rl.sample_prompts {self.sample_prompts} is not between 1 and rl.prompts"
+                f" {self.prompts}"
             )
         if self.group_size < 1 or (self.group_size == 1 and not self.policy_rollout):
             # a joint group of 2 is the smallest that has a spread
@@ -223,6 +229,7 @@ class RLStep:
         self, state: TrainState, number: int, examples: Sequence[Example]
     ) -> tuple[TrainState, dict[str, Any]]:
         clock = _Clock()
+        self.last_failures = []
         self.loaded = self.engine.load(state.params, self.loaded)
         groups, drawn, attempts = self._collect_groups(number, examples, clock)
         used = groups[: self.settings.prompts]
@@ -265,8 +272,9 @@ class RLStep:
                 seen |= {example.example_id for example in fresh}
             else:
                 fresh = list(examples)
-            if fresh:
-                drawn.append(self._draw(number, fresh, clock))
+            size = self.settings.sample_prompts
+            for start in range(0, len(fresh), size):
+                drawn.append(self._draw(number, fresh[start : start + size], clock))
                 groups += [
                     group
                     for group in drawn[-1].groups
@@ -297,11 +305,11 @@ class RLStep:
                 " windows;"
                 " add a larger bucket to --config.prompt_buckets"
             )
-        free = make_free_view(engine, questions, settings.prompts)
+        free = make_free_view(engine, questions, settings.sample_prompts)
         views = [free]
         if settings.policy_rollout:
             views.append(
-                make_aware_view(engine, questions, settings.prompts, settings.policy_chunk)
+                make_aware_view(engine, questions, settings.sample_prompts, settings.policy_chunk)
             )
         visual = encode_visual(engine, self.loaded, free)
         asked: list[Asked] = []
@@ -333,7 +341,7 @@ class RLStep:
             rewards.append([[value for _, value in row] for row in rewarded])
             failures += failed
         count = len(questions.examples) * settings.group_size * 2
-        self.last_failures = failures
+        self.last_failures += failures
         check_failures(failures, count, settings.max_failed_grades)
         tokens, lengths, stopped, sampled = (
             np.concatenate([getattr(part, name) for part in parts], axis=1)
