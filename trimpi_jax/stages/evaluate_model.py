@@ -193,20 +193,12 @@ def describe(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def run_suites(
-    context: Context, names: Sequence[str], *, optional: bool = False
-) -> dict[str, dict[str, Any]]:
-    """Run suites that have no result yet; name -> the content of its file.
-
-    Args:
-        context: of the model.
-        names: keys of SUITES.
-        optional: leave out, and say so, what is unavailable here; otherwise it is an error.
-
-    Raises:
-        Unavailable: listing every suite that cannot be run, when the others are done.
-    """
+    context: Context, names: Sequence[str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Run suites that have no result yet: (name -> content of its file, name -> why left out)."""
     context.folder.mkdir(parents=True, exist_ok=True)
-    results, unavailable = {}, []
+    results: dict[str, dict[str, Any]] = {}
+    left_out: dict[str, str] = {}
     for name in names:
         path = context.folder / f"{name}.json"
         identity = dict(context.identity) | {"suite": name}
@@ -220,8 +212,7 @@ def run_suites(
         try:
             result = SUITES[name](context)
         except Unavailable as error:
-            if not optional:
-                unavailable.append(f"{name}: {error}")
+            left_out[name] = str(error)
             context.progress.say(f"{name}: left out; {error}")
             continue
         seconds = {part: evaluator.seconds[part] - before[part] for part in before}
@@ -241,9 +232,7 @@ def run_suites(
         for pattern in (f"{name}.records.jsonl", f"{name}-*.records.jsonl"):
             for half_done in context.folder.glob(pattern):
                 half_done.unlink()
-    if unavailable:
-        raise Unavailable("\n  ".join(["some suites could not be run:", *unavailable]))
-    return results
+    return results, left_out
 
 
 def compare_results(
@@ -395,6 +384,23 @@ class _RecordFile:
                     yield json.loads(text)
                 except json.JSONDecodeError:
                     return
+
+
+def read_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """Suite -> its file, of a folder of results.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder = folder.expanduser()
+    found = {name: _read_result(folder / f"{name}.json") for name in SUITES}
+    results = {name: result for name, result in found.items() if result is not None}
+    if not results:
+        raise ValueError(
+            f"{folder} holds no results of an evaluation ({', '.join(SUITES)}); evaluate that model"
+            " first, its last line names the folder"
+        )
+    return results
 
 
 def _read_result(path: Path) -> dict[str, Any] | None:

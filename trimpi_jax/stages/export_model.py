@@ -113,11 +113,11 @@ def find_stage(checkpoint: Path, *, adapter: bool = False) -> Stage | None:
     folder = checkpoint
     if folder.name.isdigit() and folder.parent.name == "checkpoints":
         step, folder = int(folder.name), folder.parent
-    if folder.name in ("checkpoints", "model", "adapter") and _run_config(folder.parent.parent):
+    if folder.name in ("checkpoints", "model", "adapter") and run_config(folder.parent.parent):
         if folder.name == "checkpoints" and step is None:
             step = max(saved_steps(folder), default=None)
         folder = folder.parent
-    if config := _run_config(folder.parent):
+    if config := run_config(folder.parent):
         names = [f"{i}_{name}" for i, name in enumerate(config["stages"], start=1)]
         if folder.name in names:
             stage = Stage(folder.parent, config, names.index(folder.name) + 1, step)
@@ -129,7 +129,7 @@ def find_stage(checkpoint: Path, *, adapter: bool = False) -> Stage | None:
                     f" {saved_steps(folder / 'checkpoints')}."
                 )
             return stage
-    if config := _run_config(folder):
+    if config := run_config(folder):
         for number in range(len(config["stages"]), 0, -1):
             stage = Stage(folder, config, number, None)
             if _has_model(stage.folder) or saved_steps(stage.folder / "checkpoints"):
@@ -188,16 +188,10 @@ def _export_checkpoint(stage: Stage, out, adapter, dtype, max_shard_bytes) -> st
         min_pixels=stage.config.get("min_pixels", 0),
         max_pixels=stage.config.get("max_pixels", 0),
     )
-    step = stage.step
-    if step is None:
-        step = max(saved_steps(stage.folder / "checkpoints"))
-    if stage.has_lora:
-        settings = stage.config[stage.name]
-        scale = settings["lora_alpha"] / settings["lora_rank"]
-        model = dataclasses.replace(model, text=dataclasses.replace(model.text, lora_scale=scale))
-    params = restore_params(
-        stage.folder / "checkpoints", step, lambda shapes: _shardings(model, shapes, stage.has_lora)
-    )
+    if stage.step is None:
+        stage = stage._replace(step=max(saved_steps(stage.folder / "checkpoints")))
+    step, model = stage.step, with_stage_lora(stage, model)
+    params = restore_stage(stage, model)
     where = f"step {step} of {stage.folder}"
     if adapter:
         base = base_of_stage(stage.workdir, stage.config, stage.number)
@@ -218,18 +212,50 @@ def _export_checkpoint(stage: Stage, out, adapter, dtype, max_shard_bytes) -> st
     return f"{out}: the model of {where}, {dtype}"
 
 
-def _shardings(model: VLMConfig, shapes: Any, has_lora: bool) -> Any:
-    """Over all devices where the sizes allow it, else on one."""
+def with_stage_lora(stage: Stage, model: VLMConfig) -> VLMConfig:
+    """The model with the factor alpha / rank of the stage's adapters, if it has them."""
+    if not stage.has_lora:
+        return model
+    settings = stage.config[stage.name]
+    scale = settings["lora_alpha"] / settings["lora_rank"]
+    return dataclasses.replace(model, text=dataclasses.replace(model.text, lora_scale=scale))
+
+
+def restore_stage(stage: Stage, model: VLMConfig, mesh: jax.sharding.Mesh | None = None) -> Any:
+    """The parameters of a stage's checkpoint `stage.step`, adapters apart.
+
+    `mesh` None: over all devices where the sizes allow it, else on one.
+    """
+    assert stage.step is not None
     axes = vlm.logical_axes(model)
-    if has_lora:
+    if stage.has_lora:
         axes = lora_axes(axes, model)
+
+    def shardings(shapes: Any) -> Any:
+        if mesh is not None:
+            return param_shardings(axes, mesh, shapes)
+        return _shardings(axes, shapes)
+
+    return restore_params(stage.folder / "checkpoints", stage.step, shardings)
+
+
+def read_checkpoint(stage: Stage, model: VLMConfig, mesh: jax.sharding.Mesh) -> Any:
+    """The parameters of a stage's checkpoint `stage.step`, adapters merged."""
+    model = with_stage_lora(stage, model)
+    params = restore_stage(stage, model, mesh)
+    if stage.has_lora:
+        params = jax.jit(merge_lora, static_argnums=1)(params, model.text.lora_scale)
+    return params
+
+
+def _shardings(axes: Any, shapes: Any) -> Any:
     try:
         return param_shardings(axes, make_mesh(data=1, fsdp=-1), shapes)
     except ValueError:
         return param_shardings(axes, make_mesh(devices=jax.devices()[:1]), shapes)
 
 
-def _run_config(folder: Path) -> dict[str, Any] | None:
+def run_config(folder: Path) -> dict[str, Any] | None:
     """The config of a run's folder; None where it is none (a model has a config.json as well)."""
     path = folder / "config.json"
     if not path.is_file():
