@@ -12,8 +12,11 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import dataclasses
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipelines.example import IMAGE_MARK, Example
@@ -24,11 +27,16 @@ SIGNATURES = {b"\x89PNG": "png", b"\xff\xd8": "jpeg", b"GIF8": "gif", b"RIFF": "
 
 
 class Reply(NamedTuple):
-    """What came back. `problem` says why there is no text; `stopped` is False when cut off."""
+    """What came back. `problem` says why there is no text; `stopped` is False when cut off.
+
+    The token counts are the endpoint's own, 0 where it does not tell them.
+    """
 
     text: str
     stopped: bool
     problem: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +104,7 @@ def ask(
             raise ValueError(_why(endpoint, error)) from error
         except openai.APIStatusError as error:
             return Reply("", False, f"http_{error.status_code}")
-        except openai.APIError:  # a body that is no answer
+        except (openai.APIError, json.JSONDecodeError):  # a body that is no answer
             return Reply("", False, "bad_response")
         return _read(response)
 
@@ -140,7 +148,46 @@ def _read(response: Any) -> Reply:
     thought = getattr(choice.message, "reasoning_content", None)
     if thought and "<think>" not in text:
         text = f"<think>{thought}</think>{text}"
-    return Reply(text, choice.finish_reason != "length", "" if text else "empty")
+    usage = getattr(response, "usage", None)
+    return Reply(
+        text,
+        choice.finish_reason != "length",
+        "" if text else "empty",
+        getattr(usage, "prompt_tokens", None) or 0,
+        getattr(usage, "completion_tokens", None) or 0,
+    )
+
+
+def request_key(endpoint: Endpoint, messages: list[dict[str, Any]]) -> str:
+    """A name of what is asked, equal for equal questions to the same model at the same place."""
+    asked = [endpoint.base_url, endpoint.model, endpoint.temperature, endpoint.max_new_tokens]
+    return hashlib.sha256(json.dumps([*asked, messages]).encode()).hexdigest()
+
+
+def load_replies(path: Path) -> dict[str, Reply]:
+    """Replies kept by `keep_reply`: key -> Reply; a line that a kill cut is left out."""
+    kept: dict[str, Reply] = {}
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+                key = entry.pop("key")
+                kept[key] = Reply(**entry)
+            except (json.JSONDecodeError, TypeError, KeyError, AttributeError):
+                continue
+    return kept
+
+
+def keep_reply(path: Path, key: str, reply: Reply) -> None:
+    """Add a reply to the file, on a line of its own whatever the last line was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        file.seek(0, os.SEEK_END)
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps({"key": key, **reply._asdict()}).encode() + b"\n")
 
 
 def _why(endpoint: Endpoint, error: Exception) -> str:
