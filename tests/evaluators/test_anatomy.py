@@ -18,7 +18,7 @@ from tests.evaluators.completions import (
     model_texts,
 )
 from tests.evaluators.completions import objects as scenes
-from trimpi_jax.evaluators.anatomy import dissect, summarize_anatomy
+from trimpi_jax.evaluators.anatomy import describe_anatomy, dissect, summarize_anatomy
 from trimpi_jax.evaluators.branching import branching_error
 from trimpi_jax.evaluators.thoughts import boxed_answer, conditions_of, parse_thought
 from trimpi_jax.grading.grader import grade_completions
@@ -37,6 +37,11 @@ def record(example: Example, text: str) -> dict:
         "format": grade.reason,
         "details": grade.details,
     }
+
+
+def summarize(examples, records) -> dict:
+    found = [dissect(*pair) for pair in zip(examples, records, strict=True)]
+    return summarize_anatomy(examples, records, found)
 
 
 def cause(thought: str, answer: str = "Case 3", example: Example | None = None) -> tuple[str, int]:
@@ -168,7 +173,7 @@ def test_the_summary_by_hand():
         completion_text(SEEN + SECOND, "Case 1"),
         completion_text(SEEN.replace("blue", "green") + FIRST.replace("1.1", "1.3"), "Case 9"),
     ]
-    summary = summarize_anatomy([example] * 3, [record(example, text) for text in texts])
+    summary = summarize([example] * 3, [record(example, text) for text in texts])
     assert (summary["count"], summary["wrong"]) == (3, 2)
     assert summary["causes"] == {"right": 1, "wrong_section": 1, "missing_section": 1}
     assert summary["flaws"] == {
@@ -178,6 +183,8 @@ def test_the_summary_by_hand():
     assert summary["scenes"] == {
         "count": 3, "told": 3, "exact": 2, "objects": 6, "objects_told": 6, "objects_right": 5,
     }  # fmt: skip
+    lines = dict(describe_anatomy(summary))
+    assert lines["wrong_section"] == "33.3 % (1/3)" and lines["scenes told exactly"] == "2/3"
 
 
 def test_the_branching_error_on_paper():
@@ -230,5 +237,5 @@ def test_texts_and_boxes_of_calls():
     assert (found["cause"], found["fields"]["bbox"]) == ("other_words", False)
     far = call("DrawBox", image="a", bbox="(0, 0, 10, 4)", annotation="a cat")
     assert dissect(example, row | {"completion": far})["cause"] == "wrong_argument"
-    summary = summarize_anatomy([example, example], [row, row | {"completion": far}])
+    summary = summarize([example, example], [row, row | {"completion": far}])
     assert summary["fields"] == {"image": [0, 2], "bbox": [1, 2], "annotation": [1, 2]}

@@ -135,15 +135,14 @@ def replay(example: Example, thought: Thought, boxed: str | None) -> Flaws:
 
 
 def summarize_anatomy(
-    examples: Sequence[Example], records: Sequence[dict[str, Any]]
+    examples: Sequence[Example], records: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Counts over all completions.
+    """Counts over all completions; `found` is what `dissect` gave for each.
 
     `causes` adds up to `count`; `flaws` counts the completions that have each kind at all; `steps`
     is cause -> citation number -> count. With scenes: how many are told exactly, and the objects
     told rightly of those told and of those there. With tool calls: `fields`, name -> [wrong, met].
     """
-    found = [dissect(example, record) for example, record in zip(examples, records, strict=True)]
     steps: dict[str, collections.Counter[int]] = collections.defaultdict(collections.Counter)
     for one in found:
         if one["step"]:
@@ -178,6 +177,37 @@ def summarize_anatomy(
         texts = [record["completion"] for record in records]
         summary["branching"] = branching_error(examples, texts)
     return summary
+
+
+def describe_anatomy(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the summary says in the terminal: causes, what is seen, the branching error."""
+    count = summary["count"]
+    lines = [
+        (cause, f"{100 * number / count:.1f} % ({number}/{count})")
+        for cause, number in summary["causes"].items()
+    ]
+    if scenes := summary.get("scenes"):
+        lines += [
+            ("scenes told exactly", f"{scenes['exact']}/{scenes['count']}"),
+            (
+                "objects told rightly, of those there",
+                f"{scenes['objects_right']}/{scenes['objects']}",
+            ),
+        ]
+    if (branching := summary.get("branching")) and branching["count"]:
+        error, scaled = branching["mean_absolute_difference"], branching["per_2000"]
+        lines += [
+            ("branching error, of 2,000 answers", f"{error:.2f}, {scaled:.2f}"),
+            (
+                "answers that cite a section that does not exist",
+                f"{branching['answers_with_missing_section']}/{branching['count']}",
+            ),
+        ]
+    lines += [
+        (f"argument {name}, wrong", f"{wrong}/{met}")
+        for name, (wrong, met) in summary.get("fields", {}).items()
+    ]
+    return lines
 
 
 def _consequence_flaw(

@@ -181,6 +181,26 @@ def judge_referral(
     return ordered, _summarize(settings, ordered, from_file, problems, spent)
 
 
+def describe_judged(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the summary says in the terminal."""
+    score, error = summary["score"], summary["standard_error"]
+    told = "none could be judged" if score is None else f"{score:.2f}"
+    told += "" if error is None else f" ± {error:.2f} (standard error)"
+    lines = [
+        ("referral, 0-10", told),
+        ("judged", f"{summary['judged']}/{summary['count']} by {summary['judge']}"),
+    ]
+    if summary["unjudged"]:
+        lines.append(("left without a score", f"{summary['unjudged']}/{summary['count']}"))
+    lines += [(f"problem {name}", str(number)) for name, number in summary["problems"].items()]
+    tokens = f"{summary['prompt_tokens']} read, {summary['completion_tokens']} written"
+    cost = "" if summary["cost"] is None else f", cost {summary['cost']:.4f}"
+    lines.append(("tokens of the judge", f"{tokens} in {summary['requests']} requests{cost}"))
+    if summary["from_file"]:
+        lines.append(("kept from an earlier start", str(summary["from_file"])))
+    return lines
+
+
 def choose_responses(count: int, wanted: int) -> list[int]:
     """Places of `wanted` responses, spread evenly over `count`; all of them when there are fewer.
 

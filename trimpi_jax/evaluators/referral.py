@@ -86,6 +86,19 @@ def summarize_referral(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def describe_referral(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the summary says in the terminal."""
+    count = summary["count"]
+    lines = [
+        ("referral, 0-10", f"{summary['score']:.2f} (mean of {count})" if count else "nothing"),
+        ("answers wholly true", f"{summary['all_true']}/{count}"),
+        ("answers that cite nothing", f"{summary['cites_nothing']}/{count}"),
+    ]
+    return lines + [
+        (f"{name}, true", f"{true}/{checked}") for name, (true, checked) in summary["parts"].items()
+    ]
+
+
 def _score_tree(example: Example, text: str) -> dict[str, Any]:
     conditions, shown = conditions_of(example), set(example.meta.get("shown", ()))
     parts: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])

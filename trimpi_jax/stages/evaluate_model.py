@@ -32,7 +32,21 @@ from rich.table import Table
 from data_pipelines.example import Example
 from data_pipelines.shards import read_manifest
 from data_pipelines.streaming import read_split
+from trimpi_jax.evaluators.anatomy import describe_anatomy, dissect, summarize_anatomy
+from trimpi_jax.evaluators.judge import (
+    JudgeSettings,
+    choose_responses,
+    describe_judged,
+    judge_referral,
+)
 from trimpi_jax.evaluators.questions import Evaluator, summarize, summarize_override
+from trimpi_jax.evaluators.referral import BEST as MOST_REFERRAL
+from trimpi_jax.evaluators.referral import (
+    can_check_exactly,
+    describe_referral,
+    score_referral,
+    summarize_referral,
+)
 from trimpi_jax.evaluators.statistics import compare_records, format_rate
 from trimpi_jax.io.progress import Progress
 
@@ -163,10 +177,78 @@ def run_override(context: Context) -> SuiteResult:
     return SuiteResult(summary, records, lines)
 
 
+def run_anatomy(context: Context) -> SuiteResult:
+    """Error anatomy of Main: what went wrong in each answer, and the branching error."""
+    examples = context.read("test")
+    records = answers_of_main(context, "anatomy", examples)
+    found = [dissect(*pair) for pair in zip(examples, records, strict=True)]
+    summary = summarize_anatomy(examples, records, found)
+    told = [record | {"anatomy": one} for record, one in zip(records, found, strict=True)]
+    return SuiteResult(summary, told, describe_anatomy(summary))
+
+
+def run_referral(context: Context) -> SuiteResult:
+    """Policy Referral of Main, exact; a record's accuracy is its score / 10."""
+    examples = context.read("test")
+    if not all(map(can_check_exactly, examples)):
+        raise Unavailable(
+            "these policies have neither a tree nor numbered rules that citations could be checked"
+            " against; the suite referral_judge asks an LLM"
+        )
+    records = answers_of_main(context, "referral", examples)
+    scores = [
+        score_referral(example, record["completion"])
+        for example, record in zip(examples, records, strict=True)
+    ]
+    summary = summarize_referral(scores)
+    told = [
+        record | {"accuracy": score["score"] / MOST_REFERRAL, "referral": score}
+        for record, score in zip(records, scores, strict=True)
+    ]
+    return SuiteResult(summary, told, describe_referral(summary))
+
+
+def run_referral_judge(context: Context) -> SuiteResult:
+    """Policy Referral of Main by an LLM behind `config.eval.referral_judge.base_url`."""
+    options = context.config.eval.get("referral_judge", ConfigDict()).to_dict()
+    known = {field.name for field in dataclasses.fields(JudgeSettings)}
+    if unknown := sorted(set(options) - known):
+        raise ValueError(f"config.eval.referral_judge has no {unknown}; it has {sorted(known)}")
+    try:
+        settings = JudgeSettings(**options)
+    except ValueError as error:
+        raise Unavailable(f"{error}; all of it under config.eval.referral_judge") from error
+    examples = context.read("test")
+    records = answers_of_main(context, "referral_judge", examples)
+    texts = [record["completion"] for record in records]
+    kept = context.folder / "referral_judge.replies.jsonl"
+    total = len(choose_responses(len(examples), settings.responses))
+    with context.progress.task("judge", total) as bar:
+        verdicts, summary = judge_referral(
+            settings, examples, texts, kept, lambda judged: bar(judged, {})
+        )
+    return SuiteResult(
+        summary, [dataclasses.asdict(verdict) for verdict in verdicts], describe_judged(summary)
+    )
+
+
+def answers_of_main(
+    context: Context, name: str, examples: Sequence[Example]
+) -> list[dict[str, Any]]:
+    """The records of the suite Main where it is done, else the same questions asked now."""
+    found = _read_result(context.folder / "main.json")
+    if found is not None and found["identity"] == dict(context.identity) | {"suite": "main"}:
+        return found["records"]
+    return context.ask(name, examples, policy_in_prompt=False)
+
+
 SUITES: dict[str, Suite] = {
     "main": run_main,
     "in_context": run_in_context,
     "override": run_override,
+    "anatomy": run_anatomy,
+    "referral": run_referral,
+    "referral_judge": run_referral_judge,
 }
 PAPER_SUITES = ("main", "in_context", "override")  # what runs when nothing is named
 
