@@ -149,7 +149,7 @@ def run(config: ConfigDict, workdir: Path, progress: Progress | None = None) -> 
     if not (workdir / "final" / "config.json").is_file():
         write_model(workdir / "final", base, model, params, processor, stored_dtype(base))
     progress.table(result_table(workdir))
-    write_report(workdir, workdir / "report.html")
+    write_report([workdir], workdir / "report.html")
     minutes = (time.time() - started) / 60
     progress.say(
         f"{minutes:.1f} minutes in this start. Report: {workdir / 'report.html'}"
