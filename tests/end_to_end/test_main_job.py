@@ -51,7 +51,7 @@ def test_everything_is_there(unbroken):
     assert (workdir / "final" / "model.safetensors").is_file()
     assert "+PoRo-GRPO" in said and "accuracy" in said
     page = (workdir / "report.html").read_text()
-    assert page.count("<article>") == 8
+    assert page.count("<article ") == 8
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
 
 

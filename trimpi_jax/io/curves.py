@@ -99,10 +99,12 @@ def make_overview(runs: Sequence[RunResults]) -> Curve:
         ("policy_free", "without policy", COLOURS[0], -0.15, "o"),
         ("policy_aware", "policy in context", COLOURS[1], 0.15, "s"),
     )
-    said = []
+    said, labelled = [], set()
     for view, label, colour, offset, marker in views:
         for place, (name, model) in enumerate(rows):
-            summary = model.summary(view)
+            if view not in model.summaries:
+                continue
+            summary = model.summaries[view]
             low, middle, high = (
                 100 * summary[key] for key in ("accuracy_low", "accuracy", "accuracy_high")
             )
@@ -113,8 +115,9 @@ def make_overview(runs: Sequence[RunResults]) -> Curve:
                 fmt=marker,
                 color=colour,
                 capsize=3,
-                label=label if place == 0 else None,
+                label=label if label not in labelled else None,
             )
+            labelled.add(label)
             said.append(f"{name} {label} {middle:.1f} %")
     axes.set_yticks(range(len(rows)), [name for name, _ in rows], parse_math=False)
     axes.set_ylim(len(rows) - 0.5, -0.5)

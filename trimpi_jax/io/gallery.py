@@ -8,6 +8,7 @@ Next: trimpi_jax/io/report.py
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 from collections.abc import Iterable, Sequence
@@ -33,33 +34,54 @@ PROBLEMS = {
 
 
 def make_gallery(runs: Sequence[RunResults], size: int) -> list[dict[str, Any]]:
-    """At most `size` questions a test split; runs with the same questions share them."""
-    questions: dict[tuple[str, str], dict[str, Any]] = {}
+    """At most `size` questions a run; runs with the same questions share them."""
+    questions: dict[tuple[str, ...], dict[str, Any]] = {}
+    wanted = [choose_questions(run, size) for run in runs]
+    everything = set().union(*wanted)
     for run in runs:
-        if not run.models:
-            continue
-        chosen = choose_questions(run, size)
-        for example in iter_split(run.workdir / "data", "test"):
-            if example.example_id not in chosen:
-                continue
-            # runs may have other pictures under the same name: then they are other questions
-            key = (example.example_id, example.query + example.answer)
+        if not size or not (run.data / "manifest.json").is_file():
+            continue  # results may outlive their data
+        found = [e for e in iter_split(run.data, "test") if e.example_id in everything]
+        answers = index_answers(run, {example.example_id for example in found})
+        for example in found:
+            # runs may have other questions under the same name
+            key = (example.example_id, example.query, example.answer, example.policy_text)
             if key not in questions:
                 questions[key] = show_question(example)
-            questions[key]["answers"].extend(show_answers(run, example))
-    return list(questions.values())
+            shown = [show_answer(example, *answer) for answer in answers[example.example_id]]
+            questions[key]["answers"].extend(shown)
+    return [question for question in questions.values() if question["answers"]]
 
 
 def choose_questions(run: RunResults, size: int) -> set[str]:
-    """Ids of questions to show: half wrong, half right by the last model, spread over the split.
+    """Ids of questions to show: half wrong, half right by the last model, spread over the split."""
+    for view, _, _ in VIEWS:
+        if records := run.models[-1].records.get(view):
+            wrong = [record["example_id"] for record in records if record["accuracy"] < 1.0]
+            right = [record["example_id"] for record in records if record["accuracy"] == 1.0]
+            num_wrong = min(len(wrong), max(size - len(right), (size + 1) // 2))
+            return set(_spread(wrong, num_wrong)) | set(_spread(right, size - num_wrong))
+    return set()
 
-    Runs on one split choose alike as far as they err alike, since the spread is by place.
-    """
-    records = run.models[-1].records("policy_free")
-    wrong = [record["example_id"] for record in records if record["accuracy"] < 1.0]
-    right = [record["example_id"] for record in records if record["accuracy"] == 1.0]
-    num_wrong = min(len(wrong), max(size - len(right), (size + 1) // 2))
-    return set(_spread(wrong, num_wrong)) | set(_spread(right, size - num_wrong))
+
+def index_answers(run: RunResults, names: set[str]) -> dict[str, list[tuple[str, bool, str, dict]]]:
+    """Per question: (model, whether it is the run's last, view, record) in the order of the run."""
+    found: dict[str, list[tuple[str, bool, str, dict]]] = {name: [] for name in names}
+    for model in run.models:
+        causes = {
+            record["example_id"]: record["cause"]
+            for record in model.suites.get("anatomy", {}).get("records", [])
+            if "cause" in record
+        }
+        for view, words, _ in VIEWS:
+            for record in model.records.get(view, []):
+                if record["example_id"] not in names:
+                    continue
+                if view == "policy_free" and record["example_id"] in causes:
+                    record = record | {"cause": causes[record["example_id"]]}
+                last = model is run.models[-1]
+                found[record["example_id"]].append((run.title(model), last, words, record))
+    return found
 
 
 def show_question(example: Example) -> dict[str, Any]:
@@ -82,40 +104,33 @@ def show_question(example: Example) -> dict[str, Any]:
     }
 
 
-def show_answers(run: RunResults, example: Example) -> list[dict[str, Any]]:
-    """What every model of the run said, in both views."""
+def show_answer(
+    example: Example, model: str, last: bool, view: str, record: dict[str, Any]
+) -> dict[str, Any]:
+    """What one model said in one view."""
     gold = example.meta.get("gold_cot") or example.cot
-    shown = []
-    for model in run.models:
-        for view, view_label in VIEWS:
-            found = [r for r in model.records(view) if r["example_id"] == example.example_id]
-            for record in found[:1]:
-                kind = what_went_wrong(record)
-                wrong = record["accuracy"] < 1.0
-                shown.append(
-                    {
-                        "model": run.title(model),
-                        "last": model is run.models[-1],
-                        "view": view_label,
-                        "verdict": _verdict(record["accuracy"]),
-                        "score": record["accuracy"],
-                        "kind": kind,
-                        "completion": record["completion"],
-                        "departure": first_departure(record["completion"], gold) if wrong else None,
-                        "details": _details(record),
-                    }
-                )
-    return shown
+    wrong = record["accuracy"] < 1.0
+    return {
+        "model": model,
+        "last": last,
+        "view": view,
+        "verdict": _verdict(record["accuracy"]),
+        "kind": what_went_wrong(record),
+        "parsed": record.get("parsed") or "",
+        "completion": record["completion"],
+        "departure": first_departure(record["completion"], gold) if wrong else None,
+        "details": _details(record),
+    }
 
 
 def what_went_wrong(record: dict[str, Any]) -> str:
     """One short phrase; "" for a right and well-formed answer."""
-    if record.get("error"):  # the anatomy of an error, where an evaluation made one
-        return str(record["error"])
     if record["format"] != "ok":
         return PROBLEMS.get(record["format"], str(record["format"]))
-    problem = record.get("details", {}).get("problem")
-    if problem:
+    cause = record.get("cause", "")  # of the error anatomy, where it was run
+    if cause and cause != "right":
+        return str(cause).replace("_", " ")
+    if problem := record.get("details", {}).get("problem"):
         return str(problem)
     return "" if record["accuracy"] == 1.0 else "wrong answer"
 
@@ -136,19 +151,20 @@ def first_departure(completion: str, gold: str) -> dict[str, Any] | None:
 
 
 def count_problems(runs: Sequence[RunResults]) -> tuple[list[str], list[list[str]]]:
-    """(header, rows) of how often what went wrong, per model, without / with the policy."""
-    columns = [(run.title(model), model) for run in runs for model in run.models]
+    """(headers, rows) of how often what went wrong, per model, without / with the policy."""
+    columns = [(run, model) for run in runs for model in run.models]
     counts: dict[str, list[list[int]]] = {}
-    for place, (_, model) in enumerate(columns):
-        for at, (view, _) in enumerate(VIEWS):
-            for record in model.records(view):
-                kind = what_went_wrong(record)
-                if kind:
+    for place, (run, model) in enumerate(columns):
+        names = {r["example_id"] for records in model.records.values() for r in records}
+        alone = dataclasses.replace(run, models=[model])
+        for answers in index_answers(alone, names).values():
+            for _, _, words, record in answers:
+                if kind := what_went_wrong(record):
                     row = counts.setdefault(kind, [[0, 0] for _ in columns])
-                    row[place][at] += 1
+                    row[place][[words for _, words, _ in VIEWS].index(words)] += 1
     ordered = sorted(counts.items(), key=lambda item: -sum(map(sum, item[1])))
     rows = [[kind, *(f"{free} / {aware}" for free, aware in row)] for kind, row in ordered]
-    return ["what went wrong", *(name for name, _ in columns)], rows
+    return ["what went wrong", *(run.title(model) for run, model in columns)], rows
 
 
 def picture_address(encoded: bytes, where: str) -> str:

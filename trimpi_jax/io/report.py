@@ -36,6 +36,7 @@ from trimpi_jax.io.results import (
     load_run,
     load_runs,
     result_rows,
+    suite_rows,
 )
 
 GALLERY = 48  # questions a run; a picture of 168 x 112 px is about 30 kB in the page
@@ -81,7 +82,6 @@ def render_page(runs: Sequence[RunResults], gallery: int) -> str:
     )
     source = {name: _own_source(f"report.{name}") for name in ("css", "js")}
     questions = make_gallery(runs, gallery)
-    problem_headers, problem_rows = count_problems(runs)
     return environment.get_template("report.html.jinja").render(
         title=", ".join(dict.fromkeys(run.name for run in runs)),
         css=source["css"],
@@ -93,8 +93,8 @@ def render_page(runs: Sequence[RunResults], gallery: int) -> str:
         overview=make_overview(runs),
         paper=paper_section(runs),
         curves=make_curves(runs),
-        problem_headers=problem_headers,
-        problem_rows=problem_rows,
+        suites=suite_rows(runs),
+        problems=count_problems(runs),
         questions=questions,
         filters={name: options_of(questions, name) for name in ("model", "view", "verdict", "kind")}
         | {"policy": list(dict.fromkeys(q["policy"] for q in questions if q["policy"]))},
@@ -105,14 +105,14 @@ def about_run(run: RunResults) -> dict[str, Any]:
     """What a run is: facts in a few words, and its whole config."""
     config, data = run.config, run.config.get("data", {})
     try:
-        splits = read_manifest(run.workdir / "data")["splits"]
+        splits = read_manifest(run.data)["splits"]
         examples = ", ".join(f"{name} {split['count']:,}" for name, split in splits.items())
     except (ValueError, OSError, KeyError) as error:
         examples = f"unknown ({error})"
     facts = {
         "run": f"{run.mark} {run.name}".strip(),
         "folder": run.workdir.name,
-        "method": config.get("method", "unknown"),
+        "method": config.get("method", ""),
         "base model": config.get("model_dir", "unknown"),
         "dataset": " ".join(
             str(part) for part in (data.get("dataset", "unknown"), data.get("variant", "")) if part
@@ -135,9 +135,9 @@ def results_section(runs: Sequence[RunResults]) -> dict[str, Any]:
     """The main table: the terminal's, and each model against the baseline of its run."""
     rows = []
     for run in runs:
-        baseline = run.models[0].records("policy_aware")
+        baseline = run.models[0].records.get("policy_aware", [])
         for model, cells in zip(run.models, result_rows(run), strict=True):
-            compared = compare_records(baseline, model.records("policy_free"))
+            compared = compare_records(baseline, model.records.get("policy_free", []))
             cells = [*cells[:3], comparison_text(compared), *cells[3:]]
             # brackets on a line of their own: columns stay narrow, numbers whole
             rows.append(
@@ -160,7 +160,7 @@ def paper_section(runs: Sequence[RunResults]) -> dict[str, Any] | None:
             view = "policy_aware" if not stages else "policy_free"
             sizes |= dict.fromkeys(paper)
             label = f"{run.mark} {IN_CONTEXT}".strip() if not stages else run.title(model)
-            rows.append((label, accuracy_text(model.summary(view)), paper))
+            rows.append((label, accuracy_text(model.summaries.get(view)), paper))
     if not rows:
         return None
     return {

@@ -1,7 +1,8 @@
 """What runs left on disk, as the report and the terminal's table want it; runs side by side.
 
 In: workdirs as `stages.pipeline` leaves them (config.json; evaluation.json and metrics.jsonl per
-stage). Out: `RunResults`, one per workdir, and rows of text.
+stage, files of further suites in `evaluation/`), or folders that `trimpi_jax.evaluate`
+wrote (results.json and a file a suite). Out: `RunResults`, one per folder, and rows of text.
 
 Next: trimpi_jax/io/curves.py
 """
@@ -24,7 +25,12 @@ LABELS = {
     "cot_sft": "+CoT SFT",
     "direct_sft": "+Direct SFT",
 }
-VIEWS = (("policy_free", "without policy"), ("policy_aware", "policy in context"))
+EVALUATION, METRICS = "evaluation.json", "metrics.jsonl"
+# key in evaluation.json, words, the suite that asks the same
+VIEWS = (
+    ("policy_free", "without policy", "main"),
+    ("policy_aware", "policy in context", "in_context"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,16 +39,10 @@ class ModelResults:
 
     stage: str  # "3_rl"
     label: str  # "+PoRo-GRPO"
-    evaluation: dict[str, Any]
+    summaries: dict[str, dict[str, Any]]  # by view: counts and rates
+    records: dict[str, list[dict[str, Any]]]  # by view: one per question
+    suites: dict[str, dict[str, Any]]  # files of the evaluation suites, by name
     metrics: list[dict[str, Any]]  # of the stage that made it; empty for the base
-
-    def summary(self, view: str) -> dict[str, Any]:
-        """Counts and rates of "policy_free" or "policy_aware"."""
-        return self.evaluation[view]
-
-    def records(self, view: str) -> list[dict[str, Any]]:
-        """One record per question."""
-        return self.evaluation[f"{view}_records"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,7 @@ class RunResults:
     """A run; `mark` tells it from others on one page ("" when it is alone)."""
 
     workdir: Path
+    data: Path
     name: str
     mark: str
     config: dict[str, Any]
@@ -80,30 +81,68 @@ def load_runs(workdirs: Sequence[Path]) -> list[RunResults]:
 
 
 def load_run(workdir: Path, mark: str = "") -> RunResults:
-    """One run.
+    """One run: a workdir, or a folder with the results of `trimpi_jax.evaluate`.
 
     Raises:
-        ValueError: not a run, a broken file, or nothing evaluated yet.
+        ValueError: neither, a broken file, or nothing evaluated yet.
     """
+    workdir = workdir.expanduser().resolve()
     if not workdir.is_dir():
         raise ValueError(f"{workdir} is not a folder")
+    if (workdir / "results.json").is_file():
+        about = _read_json(workdir / "results.json")
+        label = Path(str(about.get("model", workdir))).name
+        model = load_model(workdir, label, ())
+        data = Path(str(about.get("data", workdir / "data")))
+        facts = about.get("identity", {})
+        config = {"model_dir": about.get("model", "unknown"), "seed": facts.get("seed", "unknown")}
+        config |= {"data": {"dataset": facts.get("dataset", "unknown")}, "evaluated": facts}
+        return RunResults(workdir, data, str(about.get("config", label)), mark, config, [model])
     if not (workdir / "config.json").is_file():
-        raise ValueError(f"{workdir} has no config.json: not the workdir of a run")
+        raise ValueError(
+            f"{workdir} has neither config.json (the workdir of a run) nor results.json (of"
+            " trimpi_jax.evaluate)"
+        )
     config = _read_json(workdir / "config.json")
-    folders = stage_folders(workdir)
-    if not folders:
+    models = [
+        load_model(
+            folder, stage_label(folder, config.get("rl", {})), read_metrics(folder / METRICS)
+        )
+        for folder in stage_folders(workdir)
+    ]
+    if not models:
         raise ValueError(f"{workdir} holds no evaluation.json yet: nothing has been evaluated")
-    models = []
-    for folder in folders:
-        evaluation = _read_json(folder / "evaluation.json")
-        wanted = [name for view, _ in VIEWS for name in (view, f"{view}_records")]
-        missing = [name for name in wanted if name not in evaluation]
-        if missing:
-            raise ValueError(f"{folder / 'evaluation.json'} lacks {missing}")
-        label = stage_label(folder, config.get("rl", {}))
-        metrics = read_metrics(folder / "metrics.jsonl")
-        models.append(ModelResults(folder.name, label, evaluation, metrics))
-    return RunResults(workdir, str(config.get("name", workdir.name)), mark, config, models)
+    name = str(config.get("name", workdir.name))
+    return RunResults(workdir, workdir / "data", name, mark, config, models)
+
+
+def load_model(folder: Path, label: str, metrics: Sequence[dict[str, Any]]) -> ModelResults:
+    """What is known of the model of one folder.
+
+    Raises:
+        ValueError: a broken file, or no answers.
+    """
+    summaries, records = {}, {}
+    if (folder / EVALUATION).is_file():
+        found = _read_json(folder / EVALUATION)
+        wanted = [name for view, _, _ in VIEWS for name in (view, f"{view}_records")]
+        if missing := [name for name in wanted if name not in found]:
+            raise ValueError(f"{folder / EVALUATION} lacks {missing}")
+        for view, _, _ in VIEWS:
+            summaries[view], records[view] = found[view], found[f"{view}_records"]
+    suites = {}
+    for path in sorted([*folder.glob("*.json"), *folder.glob("evaluation/*.json")]):
+        if path.name in (EVALUATION, "results.json"):
+            continue
+        found = _read_json(path)
+        if {"identity", "summary", "records", "lines"} <= found.keys():
+            suites[path.stem] = found
+    for view, _, suite in VIEWS:
+        if view not in summaries and suite in suites:
+            summaries[view], records[view] = suites[suite]["summary"], suites[suite]["records"]
+    if not summaries and not suites:
+        raise ValueError(f"{folder} holds no result of an evaluation")
+    return ModelResults(folder.name, label, summaries, records, suites, list(metrics))
 
 
 def stage_folders(workdir: Path) -> list[Path]:
@@ -132,26 +171,30 @@ HEADERS = (
 )
 
 
+NOT_MEASURED = "–"
+
+
 def result_rows(run: RunResults) -> list[list[str]]:
     """The table's cells as text: counts beside every percentage, 95 % Wilson intervals."""
     rows = []
     for model in run.models:
-        free, aware = model.summary("policy_free"), model.summary("policy_aware")
+        pair = [model.summaries.get(view) for view, _, _ in VIEWS]
         rows.append(
             [
                 run.title(model),
-                accuracy_text(free),
-                accuracy_text(aware),
-                f"{100 * free['format_rate']:.1f}",
-                f"{free['prompt_tokens']:.0f} / {aware['prompt_tokens']:.0f}",
-                f"{free['prefill_ms']:.1f} / {aware['prefill_ms']:.1f}",
+                *(accuracy_text(summary) for summary in pair),
+                _number(pair[0], "format_rate", ".1f", 100),
+                " / ".join(_number(summary, "prompt_tokens", ".0f") for summary in pair),
+                " / ".join(_number(summary, "prefill_ms", ".1f") for summary in pair),
             ]
         )
     return rows
 
 
-def accuracy_text(summary: dict[str, Any]) -> str:
+def accuracy_text(summary: dict[str, Any] | None) -> str:
     """`86.3 (259/300) [82.0, 89.8]`, with the mean score where answers can be partly right."""
+    if summary is None:
+        return NOT_MEASURED
     low, high = 100 * summary["accuracy_low"], 100 * summary["accuracy_high"]
     text = (
         f"{100 * summary['accuracy']:.1f} ({summary['correct']}/{summary['count']})"
@@ -161,6 +204,23 @@ def accuracy_text(summary: dict[str, Any]) -> str:
     if abs(score - summary["accuracy"]) > 1e-9:  # a grader that gives parts of a point
         text += f", mean score {100 * score:.1f}"
     return text
+
+
+def suite_rows(runs: Sequence[RunResults]) -> tuple[list[str], list[list[str]]]:
+    """(headers, rows) of the suites' own lines, a column a model; the main table's two left out."""
+    columns = [(run.title(model), model) for run in runs for model in run.models if model.suites]
+    table: dict[tuple[str, str], dict[int, str]] = {}
+    for place, (_, model) in enumerate(columns):
+        for name, suite in model.suites.items():
+            for what, text in suite["lines"]:
+                table.setdefault((name, str(what)), {})[place] = str(text)
+    shown = {suite for _, _, suite in VIEWS}
+    rows = [
+        [f"{suite}: {what}", *(cells.get(place, NOT_MEASURED) for place in range(len(columns)))]
+        for (suite, what), cells in table.items()
+        if suite not in shown or what not in ("right", "format", "prompt tokens")
+    ]
+    return ["evaluation", *(title for title, _ in columns)], rows
 
 
 def compare_records(
@@ -194,7 +254,7 @@ def compare_records(
 def comparison_text(comparison: dict[str, Any] | None) -> str:
     """`+23.3 points (+91 −21 of 300, p < 0.001)`."""
     if comparison is None:
-        return "no question in common"
+        return NOT_MEASURED
     p = "p < 0.001" if comparison["p"] < 0.001 else f"p = {comparison['p']:.3f}"
     return (
         f"{comparison['points']:+.1f} points (+{comparison['gained']} −{comparison['lost']}"
@@ -210,6 +270,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a {type(found).__name__}, expected an object")
     return found
+
+
+def _number(summary: dict[str, Any] | None, name: str, form: str, factor: float = 1.0) -> str:
+    if summary is None or name not in summary:
+        return NOT_MEASURED
+    return format(factor * summary[name], form)
 
 
 def _letters(number: int) -> str:
