@@ -86,8 +86,6 @@ from trimpi_jax.stages.train_state import (
 from trimpi_jax.stages.vm_cpt import SPLIT as VM_CPT_SPLIT
 from trimpi_jax.stages.vm_cpt import encode_vm_cpt_row
 
-FIXED_QUESTIONS = 8  # shown in the report after every stage
-
 
 @dataclasses.dataclass
 class Run:
