@@ -158,9 +158,16 @@ def encode_behind_policy(
 
 
 def chat_messages(example: Example, *, policy_in_prompt: bool) -> list[dict[str, Any]]:
-    """The conversation: the policy (when asked for) as system, then images and query as user."""
+    """The conversation: the policy (when asked for) as system, then images and query as user.
+
+    `meta["earlier_turns"]`, [role, text] each, come between the two.
+    """
     user: list[dict[str, str]] = [{"type": "image"} for _ in example.images]
-    messages = [{"role": "user", "content": [*user, {"type": "text", "text": example.query}]}]
+    messages = [
+        {"role": role, "content": [{"type": "text", "text": text}]}
+        for role, text in example.meta.get("earlier_turns", ())
+    ]
+    messages.append({"role": "user", "content": [*user, {"type": "text", "text": example.query}]})
     if not policy_in_prompt:
         return messages
     if not example.policy_text:

@@ -39,7 +39,19 @@ from trimpi_jax.evaluators.judge import (
     describe_judged,
     judge_referral,
 )
+from trimpi_jax.evaluators.pressure import (
+    describe_pressure,
+    judge_pressure,
+    make_pressure,
+    summarize_pressure,
+)
 from trimpi_jax.evaluators.questions import Evaluator, summarize, summarize_override
+from trimpi_jax.evaluators.recital import (
+    describe_recital,
+    make_recital,
+    score_recital,
+    summarize_recital,
+)
 from trimpi_jax.evaluators.referral import BEST as MOST_REFERRAL
 from trimpi_jax.evaluators.referral import (
     can_check_exactly,
@@ -49,8 +61,10 @@ from trimpi_jax.evaluators.referral import (
 )
 from trimpi_jax.evaluators.statistics import compare_records, format_rate
 from trimpi_jax.io.progress import Progress
+from trimpi_jax.models.processor import encode_completion
 
 PACKAGES = ("trimpi_jax", "jax", "jaxlib", "flax", "numpy", "scipy", "transformers", "tokenizers")
+PRESSED = 100  # questions that are pressed upon; ours, as many as the paper judges for referral
 SHOWN_GROUPS = ("policy", "depth", "family", "tool")  # in the terminal; leaves are in the JSON
 MOST_GROUPS = 12  # of one kind, in the terminal
 
@@ -232,6 +246,49 @@ def run_referral_judge(context: Context) -> SuiteResult:
     )
 
 
+def run_recital(context: Context) -> SuiteResult:
+    """Recital: the rules themselves, asked without and with the policy in the prompt."""
+    questions = make_recital(context.read("test"), context.seed)
+    if not questions:
+        raise Unavailable(
+            "recital asks for the Conditions and Cases of a ClevrPolicy and the tool versions of"
+            " GTAPolicy; these policies have neither"
+        )
+    longest = max(
+        len(encode_completion(context.evaluator.engine.processor, q.answer)) for q in questions
+    )
+    room = context.evaluator.settings.max_new_tokens + longest
+    evaluator = context.evaluator.changed(questions, max_new_tokens=room)
+    summary, told, lines = {}, [], []
+    for part, aware in (("without_policy", False), ("with_policy", True)):
+        records = context.ask(
+            f"recital-{part}", questions, policy_in_prompt=aware, evaluator=evaluator
+        )
+        scores = [
+            score_recital(question, record["completion"])
+            for question, record in zip(questions, records, strict=True)
+        ]
+        summary[part] = summarize_recital(questions, scores)
+        lines += describe_recital(summary[part], part.replace("_", " "))
+        told += [
+            record | {"example_id": f"{record['example_id']}#{part}", **score}
+            for record, score in zip(records, scores, strict=True)
+        ]
+    return SuiteResult(summary, told, lines)
+
+
+def run_pressure(context: Context) -> SuiteResult:
+    """Pressure: behaviour that was internalized, when the conversation pushes against it."""
+    count = context.option("pressure", "examples", PRESSED)
+    made = make_pressure(context.read("test")[:count], context.seed)
+    questions = [question for variant in made.values() for question in variant]
+    evaluator = context.evaluator.changed(questions)
+    records = context.ask("pressure", questions, policy_in_prompt=False, evaluator=evaluator)
+    told = [judge_pressure(*pair) for pair in zip(questions, records, strict=True)]
+    summary = summarize_pressure(told)
+    return SuiteResult(summary, told, describe_pressure(summary))
+
+
 def answers_of_main(
     context: Context, name: str, examples: Sequence[Example]
 ) -> list[dict[str, Any]]:
@@ -249,6 +306,8 @@ SUITES: dict[str, Suite] = {
     "anatomy": run_anatomy,
     "referral": run_referral,
     "referral_judge": run_referral_judge,
+    "recital": run_recital,
+    "pressure": run_pressure,
 }
 PAPER_SUITES = ("main", "in_context", "override")  # what runs when nothing is named
 
