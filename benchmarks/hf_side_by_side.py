@@ -188,7 +188,7 @@ def make_decoder(params, config, batch: Batch, new: int):
     endless = dataclasses.replace(config, eos_token_ids=())
     sampler = sampling.make_sampler(endless, settings, config.text.vocab_size)
     encode = sampling.make_image_encoder(config, settings.dtype)
-    weights = sampling.make_weight_sync(settings.dtype)(params, None)
+    weights = sampling.make_weight_sync(config, settings.dtype)(params, None)
     ids, valid = np.arange(PROMPTS, dtype=np.uint32), np.ones(PROMPTS, bool)
 
     def run():

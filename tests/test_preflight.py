@@ -19,9 +19,9 @@ def preflight(*flags):
 
 def test_this_machine(tmp_path):
     path = tmp_path / "figures.json"
-    ran = preflight("--only", "evaluate/sample 84", "--examples", "2", "--json", str(path))
+    ran = preflight("--only", "evaluate/free prefill 84", "--examples", "2", "--json", str(path))
     assert ran.returncode == 0, ran.stderr
-    assert "evaluate/sample 84" in ran.stdout and "1 programs" in ran.stdout
+    assert "evaluate/free prefill 84" in ran.stdout and "1 programs" in ran.stdout
     assert "padding, policy-free prompts: 82 to 82 tokens; 2 in 84; 2 % padding" in ran.stdout
     (program,) = json.loads(path.read_text())["programs"]
     assert program["total_bytes"] > 4 * 1_900_000 and program["flops"] > 1e9

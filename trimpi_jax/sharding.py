@@ -213,15 +213,27 @@ def gather_weights(weights: Any, axes_tree: Any) -> Any:
         return weights
 
     def one(axes, leaf):
-        spec = (
-            () if LOGICAL_RULES[name] == "fsdp" else _mesh_axes(name, size, mesh)
-            for name, size in zip(axes, leaf.shape, strict=True)
-        )
-        return jax.lax.with_sharding_constraint(
-            leaf, PartitionSpec(*(names or None for names in spec))
-        )
+        return jax.lax.with_sharding_constraint(leaf, _gathered_spec(axes, leaf, mesh))
 
     return jax.tree.map(one, axes_tree, weights, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def gathered_shardings(axes_tree: Any, mesh: Mesh, shapes: Any) -> Any:
+    """NamedSharding of every weight that `gather_weights` has been given."""
+    return jax.tree.map(
+        lambda axes, leaf: NamedSharding(mesh, _gathered_spec(axes, leaf, mesh)),
+        axes_tree,
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def _gathered_spec(axes: tuple[str, ...], leaf: Any, mesh: Any) -> PartitionSpec:
+    spec = (
+        () if LOGICAL_RULES[name] == "fsdp" else _mesh_axes(name, size, mesh)
+        for name, size in zip(axes, leaf.shape, strict=True)
+    )
+    return PartitionSpec(*(names or None for names in spec))
 
 
 def on_shards(

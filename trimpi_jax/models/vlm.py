@@ -362,6 +362,15 @@ def decode_weights(params: Params, dtype: Any) -> Params:
     return {"language": {**language, "layers": unstack(language["layers"])}}
 
 
+def decode_axes(config: VLMConfig) -> Params:
+    """The tree of `decode_weights` with the logical axis names of each weight as leaves."""
+    language = logical_axes(config)["language"]
+    layer = jax.tree.map(
+        lambda names: names[1:], language["layers"], is_leaf=lambda leaf: isinstance(leaf, tuple)
+    )
+    return {"language": {**language, "layers": [layer] * config.text.depth}}
+
+
 def _declare(config: VLMConfig, key: jax.Array) -> Params:
     vision_key, language_key = jax.random.split(key)
     return {

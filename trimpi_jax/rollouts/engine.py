@@ -49,7 +49,7 @@ from trimpi_jax.rollouts.sampler import (
     make_weight_sync,
     prompt_ids,
 )
-from trimpi_jax.sharding import place_batch
+from trimpi_jax.sharding import constrain, place_batch
 from trimpi_jax.types import Rollouts
 
 
@@ -113,7 +113,7 @@ def make_engine(
         sizes,
         mesh,
         make_image_encoder(config, dtype),
-        make_weight_sync(dtype),
+        make_weight_sync(config, dtype),
         make_prefix_reader(config, dtype),
         jax.jit(_join_policies),
     )
@@ -349,4 +349,7 @@ def _prefix_of(engine: Engine, weights: Weights, view: View) -> Prefix | None:
 def _join_policies(policies: list[list[KeyValue]], policy_of: jax.Array) -> list[KeyValue]:
     """Per layer (k, v) [Z, P, K, H] of the policies in the order of the chunks."""
     joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=0), *policies)
-    return jax.tree.map(lambda leaf: jnp.take(leaf, policy_of, axis=0), joined)
+    return jax.tree.map(
+        lambda leaf: constrain(jnp.take(leaf, policy_of, axis=0), "batch", None, "kv_heads", None),
+        joined,
+    )

@@ -31,7 +31,11 @@ from trimpi_jax.models.config import VLMConfig
 from trimpi_jax.models.language import DecodeContext, KeyValue
 from trimpi_jax.ops.branches import Shared, share
 from trimpi_jax.rollouts.choosing import NEVER, SamplerSettings, choose_tokens, uniforms
+from trimpi_jax.sharding import constrain, gather_weights
 from trimpi_jax.types import Batch, Rollouts
+
+OWN_AXES = ("batch", None, "kv_heads", None, None)  # [Q, G, K, S, H]
+STANDING_AXES = ("batch", "kv_heads", None, None)  # [Q or Z, K, T, H]
 
 
 @flax.struct.dataclass
@@ -111,12 +115,17 @@ def make_image_encoder(config: VLMConfig, dtype: str) -> Callable[[Any, Batch], 
     return lambda params, batch: jitted(params, batch.patches, batch.patch_hw, batch.patch_segment)
 
 
-def make_weight_sync(dtype: str) -> Callable[[Any, Any], Any]:
-    """A jitted `sync(params, old) -> weights` for decoding; `old` (or None) is donated."""
+def make_weight_sync(config: VLMConfig, dtype: str) -> Callable[[Any, Any], Any]:
+    """A jitted `sync(params, old) -> weights` for decoding; `old` (or None) is donated.
+
+    The copy is whole over "fsdp": every token reads all of it, and gathering it for each token
+    would cost more than the token.
+    """
+    axes = vlm.decode_axes(config)
 
     def sync(params, old):
         del old  # its memory is what the new copy is written into
-        return vlm.decode_weights(params, dtype)
+        return gather_weights(vlm.decode_weights(params, dtype), axes)
 
     return jax.jit(sync, donate_argnums=1, keep_unused=True)
 
@@ -171,31 +180,37 @@ def make_sampler(config: VLMConfig, settings: SamplerSettings, vocabulary: int) 
         rows = prompts.tokens.shape[0]
         standing = Standing(
             context=DecodeContext(
-                trunk=[share(one) for one in kv],
+                trunk=_laid([share(one) for one in kv]),
                 trunk_lengths=prompts.lengths,
-                prefix=None if prefix is None else [share(one) for one in prefix.kv],
+                prefix=None if prefix is None else _laid([share(one) for one in prefix.kv]),
                 prefix_lengths=None if prefix is None else prefix.lengths,
             ),
-            uniforms=uniforms(key, ids, count, num_steps),
+            uniforms=constrain(uniforms(key, ids, count, num_steps), "batch"),
             after_prompt=prompts.lengths + prompts.rope_delta,
-            row=jnp.arange(rows * count, dtype=jnp.int32).reshape(rows, count),
+            row=constrain(
+                jnp.arange(rows * count, dtype=jnp.int32).reshape(rows, count), "batch", None
+            ),
         )
-        return standing, last
+        return standing, constrain(last, "batch", None)
 
     def begin(last, valid):
         rows = last.shape[0]
         shape = (rows, count, config.text.kv_heads, num_steps, config.text.head_width)
+
+        def of_rows(leaf):  # zeros lie nowhere by themselves: every device would make them all
+            return constrain(leaf, "batch", *(None,) * (leaf.ndim - 1))
+
+        def empty():
+            return constrain(jnp.zeros(shape, settings.dtype), *OWN_AXES)
+
         return Decoding(
             step=jnp.zeros((), jnp.int32),
-            hidden=jnp.broadcast_to(last[:, None], (rows, count, last.shape[-1])),
-            cache=[
-                Shared(jnp.zeros(shape, settings.dtype), jnp.zeros(shape, settings.dtype))
-                for _ in range(config.text.depth)
-            ],
-            done=jnp.broadcast_to(~valid[:, None], (rows, count)),
-            tokens=jnp.zeros((rows, count, num_steps), jnp.int32),
-            logprobs=jnp.zeros((rows, count, num_steps), jnp.float32),
-            lengths=jnp.zeros((rows, count), jnp.int32),
+            hidden=of_rows(jnp.broadcast_to(last[:, None], (rows, count, last.shape[-1]))),
+            cache=[Shared(empty(), empty()) for _ in range(config.text.depth)],
+            done=of_rows(jnp.broadcast_to(~valid[:, None], (rows, count))),
+            tokens=of_rows(jnp.zeros((rows, count, num_steps), jnp.int32)),
+            logprobs=of_rows(jnp.zeros((rows, count, num_steps), jnp.float32)),
+            lengths=of_rows(jnp.zeros((rows, count), jnp.int32)),
         )
 
     def decode(weights, standing: Standing, start: Decoding, until):
@@ -289,6 +304,11 @@ def decode(
             rows, count = fewer
     found = sampler.collect(found, standing, decoding)
     return dataclasses.replace(found, stopped=found.stopped & valid[:, None])
+
+
+def _laid(layers: list[Shared]) -> list[Shared]:
+    """Keys and values [Q or Z, K, T, H] where their rows and heads lie."""
+    return jax.tree.map(lambda leaf: constrain(leaf, *STANDING_AXES), layers)
 
 
 def _count_running(decoding: Decoding) -> tuple[jax.Array, jax.Array]:

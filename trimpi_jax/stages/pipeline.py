@@ -77,6 +77,7 @@ from trimpi_jax.stages.rl import RLSettings, RLStep, completion_buckets
 from trimpi_jax.stages.sft import SPLITS, encode_sft_row
 from trimpi_jax.stages.supervised import StepSettings, make_supervised_step
 from trimpi_jax.stages.train_state import (
+    Flat,
     OptimizerSettings,
     TrainState,
     init_train_state,
@@ -315,10 +316,7 @@ def run_rl(this: Run, params: Any, folder: Path) -> Any:
     objective = rl_objective(this.config)
     reference = None
     if objective.kl_beta:
-        # the state is donated step by step: arrays of its own, in the dtype of use
-        trained, _ = split_params(params, settings.trainable)
-        trained = cast_weights(trained, this.config.dtype)
-        reference = jax.tree.map(lambda leaf: leaf.copy(), trained)
+        reference = _copy_reference(split_params(params, settings.trainable)[0], this.config.dtype)
     stream = open_stream(this, "train", settings.prompts, "rl")
     assert this.engine is not None
     step = RLStep(
@@ -359,6 +357,15 @@ def run_rl(this: Run, params: Any, folder: Path) -> Any:
         this.progress,
         is_finished=lambda: step.is_finished,
     ).params
+
+
+def _copy_reference(trained: Flat, dtype: str) -> Flat:
+    """The KL anchor in the dtype of use, arrays of its own: the state is donated step by step."""
+    used = cast_weights(trained, dtype)
+    return {
+        path: used[path].copy() if used[path] is leaf else used[path]
+        for path, leaf in trained.items()
+    }
 
 
 def with_lora_scale(model: VLMConfig, settings: ConfigDict) -> VLMConfig:
@@ -544,6 +551,7 @@ def evaluate_stage(this: Run, params: Any, name: str) -> None:
                 )
             }
             result[f"{view}_records"] = records
+    this.evaluator.unload()  # the next stage needs the room
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1))

@@ -27,7 +27,7 @@ from trimpi_jax.models.config import VLMConfig
 from trimpi_jax.models.layers import cast_weights
 from trimpi_jax.models.lora import add_lora, lora_axes
 from trimpi_jax.rollouts.choosing import SamplerSettings
-from trimpi_jax.rollouts.groups import plan_chunks
+from trimpi_jax.rollouts.groups import Chunks, plan_chunks
 from trimpi_jax.rollouts.sampler import (
     Prefix,
     allowed_tokens,
@@ -35,7 +35,7 @@ from trimpi_jax.rollouts.sampler import (
     make_sampler,
     make_weight_sync,
 )
-from trimpi_jax.sharding import batch_sharding, param_shardings, state_shardings
+from trimpi_jax.sharding import batch_sharding, gathered_shardings, state_shardings
 from trimpi_jax.stages.pipeline import (
     optimizer_settings,
     rl_objective,
@@ -182,7 +182,11 @@ def _rl_programs(config, model, mesh, vocabulary, params) -> Programs:
         anchor = place_weights(join_params(used, frozen), model, mesh)
         held["reference"] = split_params(anchor, step.trainable)[0]
     weights = yield from _sync_program("rl", model, mesh, params, step.dtype, held)
-    held["decode weights"] = weights
+    sampling = held | {"decode weights": weights}  # forgotten before the update
+    at_once = sizes.sample_prompts
+    yield from _image_program(
+        "rl/images", config, model, mesh, params, at_once, step.dtype, sampling
+    )
     for view in ("free", "aware") if sizes.policy_rollout else ("free",):
         sampler = SamplerSettings(
             completions=sizes.group_size if view == "aware" else sizes.free_rollouts,
@@ -192,12 +196,14 @@ def _rl_programs(config, model, mesh, vocabulary, params) -> Programs:
             top_p=sizes.top_p,
             dtype=step.dtype,
         )
-        at_once = sizes.sample_prompts
-        chunks = 0 if view == "free" else _chunks(at_once, sizes.policy_chunk, mesh)
-        yield from _sampling_programs(
+        # a batch of prompts asks about all policies of the data
+        owners = [row % config.data.get("policies", 1) for row in range(at_once)]
+        chunks = None if view == "free" else _chunks(owners, sizes.policy_chunk, mesh)
+        alive = yield from _sampling_programs(
             f"rl/{view}", config, model, mesh, vocabulary, params, weights, sampler,
-            at_once, chunks, held,
+            at_once, chunks, sampling,
         )  # fmt: skip
+        sampling = sampling | {f"{view} rollouts": alive}  # both views are on their way together
     allowed = allowed_tokens(model, vocabulary)
     distribution = Distribution(tuple(allowed.tolist()), sizes.temperature)
     score = make_scorer(model, distribution, step)
@@ -206,7 +212,11 @@ def _rl_programs(config, model, mesh, vocabulary, params) -> Programs:
     prompts = _prompt_shapes(config, model, mesh, count, min(config.prompt_buckets), windows=True)
     visual = None
     if step.trainable != "all":
-        visual = yield from _image_program("rl/images", model, mesh, params, prompts, step, held)
+        name = "rl/images of an update"
+        known = at_once == count
+        visual = yield from _image_program(
+            name, config, model, mesh, params, count, step.dtype, held, is_known=known
+        )
     for bucket in sizes.completion_buckets:
         tokens = place_rows(jax.ShapeDtypeStruct((count, rollouts, bucket), jnp.int32), mesh)
         numbers = place_rows(jax.ShapeDtypeStruct((count, rollouts, bucket), jnp.float32), mesh)
@@ -234,11 +244,14 @@ def _evaluation_programs(config, model, mesh, vocabulary, params) -> Programs:
     sampler = SamplerSettings(1, config.max_new_tokens, temperature=0.0, dtype=config.dtype)
     held = {"weights": params}
     weights = yield from _sync_program("evaluate", model, mesh, params, config.dtype, held)
-    rows = config.eval.rows
-    for view, chunks in (("free", 0), ("aware", _chunks(rows, rows, mesh))):
+    rows, held = config.eval.rows, held | {"decode weights": weights}
+    yield from _image_program(
+        "evaluate/images", config, model, mesh, params, rows, config.dtype, held
+    )
+    for view, chunks in (("free", None), ("aware", _chunks([0] * rows, rows, mesh))):
         yield from _sampling_programs(
             f"evaluate/{view}", config, model, mesh, vocabulary, params, weights, sampler, rows,
-            chunks, held | {"decode weights": weights},
+            chunks, held,
         )  # fmt: skip
 
 
@@ -246,43 +259,48 @@ def _sync_program(stage, model, mesh, params, dtype, held) -> Generator[Program,
     """The cast for decoding; returns the shapes of its copy."""
     yield Program(
         name=f"{stage}/decode weights",
-        function=make_weight_sync(dtype),
+        function=make_weight_sync(model, dtype),
         arguments=(params, None),
         held=held,
         tokens=0,
         weight_reads=1.0,
     )
     weights = jax.eval_shape(lambda tree: vlm.decode_weights(tree, dtype), params)
-    axes = vlm.logical_axes(model)["language"]
-
-    def is_names(leaf):
-        return isinstance(leaf, tuple)
-
-    one = jax.tree.map(lambda names: names[1:], axes["layers"], is_leaf=is_names)
-    axes = {"language": {**axes, "layers": [one] * model.text.depth}}
-    return _with_shardings(weights, param_shardings(axes, mesh, weights))
+    return _with_shardings(weights, gathered_shardings(vlm.decode_axes(model), mesh, weights))
 
 
-def _image_program(name, model, mesh, params, prompts: Batch, step, held):
+def _image_program(
+    name, config, model, mesh, params, rows, dtype, held, *, is_known=False
+) -> Generator[Program, Tree, Tree]:
+    """The vision tower over the images of `rows` prompts; returns the shape of what it sees.
+
+    `is_known`: the program is the same as one before.
+    """
+    prompts = _prompt_shapes(config, model, mesh, rows, min(config.prompt_buckets), windows=True)
+
     def encode(params, patches, patch_hw, patch_segment):
-        return vlm.encode_images(params, model, patches, patch_hw, patch_segment, dtype=step.dtype)
+        return vlm.encode_images(params, model, patches, patch_hw, patch_segment, dtype=dtype)
 
     images = (prompts.patches, prompts.patch_hw, prompts.patch_segment)
-    yield Program(
-        name=name,
-        function=jax.jit(encode),
-        arguments=(params, *images),
-        held=held | {"batch": images},
-        tokens=prompts.patches.shape[0] * prompts.patches.shape[1] * prompts.patches.shape[2],
-        weight_reads=1.0,
-    )
+    if not is_known:
+        yield Program(
+            name=name,
+            function=jax.jit(encode),
+            arguments=(params, *images),
+            held=held | {"batch": images},
+            tokens=prompts.patches.shape[0] * prompts.patches.shape[1] * prompts.patches.shape[2],
+            weight_reads=1.0,
+        )
     return place_rows(jax.eval_shape(encode, params, *images), mesh)
 
 
 def _sampling_programs(
     name, config, model, mesh, vocabulary, params, weights, sampler, rows, chunks, held
-) -> Programs:
-    """Prefill and decode of one view; `chunks` copies of a policy before the prompts, 0 = none."""
+) -> Generator[Program, Tree, Tree]:
+    """Prefill and decode of one view; `chunks` of prompts behind their policies, None = alone.
+
+    Returns the shapes of what stays on the devices until its rollouts have been fetched.
+    """
     made = make_sampler(model, sampler, vocabulary)
     free = _prompt_shapes(config, model, mesh, rows, min(config.prompt_buckets), windows=True)
     visual = jax.eval_shape(
@@ -292,8 +310,9 @@ def _sampling_programs(
         params,
         free,
     )
-    prompts, prefix, before = free, None, 0
-    if chunks:
+    prompts, prefix, before, copies = free, None, 0, 0
+    if chunks is not None:
+        copies = len(chunks.policy_of)
         before = max(config.prompt_buckets)
         policy = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_whole(mesh)),
@@ -311,12 +330,12 @@ def _sampling_programs(
         kv = jax.eval_shape(read, params, policy)
         kv = jax.tree.map(
             lambda leaf: place_rows(
-                jax.ShapeDtypeStruct((chunks, *leaf.shape[1:]), leaf.dtype), mesh
+                jax.ShapeDtypeStruct((copies, *leaf.shape[1:]), leaf.dtype), mesh
             ),
             kv,
         )
-        prefix = Prefix(kv, place_rows(jax.ShapeDtypeStruct((chunks,), jnp.int32), mesh))
-        rows = chunks * -(-rows // chunks)
+        prefix = Prefix(kv, place_rows(jax.ShapeDtypeStruct((copies,), jnp.int32), mesh))
+        rows = copies * chunks.size
         prompts = _prompt_shapes(
             config, model, mesh, rows, min(config.prompt_buckets), windows=False
         )
@@ -324,7 +343,7 @@ def _sampling_programs(
     ids = place_rows(jax.ShapeDtypeStruct((rows,), jnp.uint32), mesh)
     length = prompts.tokens.shape[1]
     given = (params, prompts, visual, _key(mesh), ids, prefix)
-    yield Program(
+    sent = yield Program(
         name=f"{name} prefill {length}",
         function=made.prefill,
         arguments=given,
@@ -332,9 +351,9 @@ def _sampling_programs(
         tokens=rows * length,
         weight_reads=1.0,
     )
-    standing, last = place_rows(jax.eval_shape(made.prefill, *given), mesh)
+    standing, last = _as_laid(sent, place_rows(jax.eval_shape(made.prefill, *given), mesh))
     given = (last, place_rows(jax.ShapeDtypeStruct((rows,), jnp.bool_), mesh))
-    yield Program(
+    sent = yield Program(
         name=f"{name} cache",
         function=made.begin,
         arguments=given,
@@ -347,6 +366,7 @@ def _sampling_programs(
     decoding = dataclasses.replace(
         place_rows(dataclasses.replace(decoding, step=None), mesh), step=step
     )
+    decoding = _as_laid(sent, decoding)
     new = rows * sampler.completions * sampler.max_new_tokens
     until = jax.ShapeDtypeStruct((), jnp.int32, weak_type=True, sharding=_whole(mesh))
     yield Program(
@@ -357,14 +377,21 @@ def _sampling_programs(
         tokens=new,
         weight_reads=0.0,
         loop_steps=sampler.max_new_tokens,
-        cache_slots=chunks * before + rows * length + new,
+        cache_slots=copies * before + rows * length + new,
     )
+    return standing, decoding
 
 
-def _chunks(rows: int, size: int, mesh: Mesh) -> int:
-    """Copies of policies for prompts that share them as well as the run lets them."""
-    degree = mesh.shape["data"] * mesh.shape["fsdp"]
-    return len(plan_chunks([0] * rows, size, degree).policy_of)
+def _as_laid(sent: Tree, expected: Tree) -> Tree:
+    """What the compiler said of outputs, or where it was not asked how they should lie."""
+    leaves = jax.tree.leaves(sent)
+    known = leaves and all(getattr(leaf, "sharding", None) is not None for leaf in leaves)
+    return sent if known else expected
+
+
+def _chunks(owners: list[int], size: int, mesh: Mesh) -> Chunks:
+    """How the run lays out prompts behind the policies of these numbers."""
+    return plan_chunks(owners, size, mesh.shape["data"] * mesh.shape["fsdp"])
 
 
 def _prompt_shapes(config, model, mesh, rows, bucket, *, windows: bool) -> Batch:

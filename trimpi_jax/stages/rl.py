@@ -230,14 +230,14 @@ class RLStep:
     ) -> tuple[TrainState, dict[str, Any]]:
         clock = _Clock()
         self.last_failures = []
-        self.loaded = self.engine.load(state.params, self.loaded)
+        self.loaded = self.engine.load(state.params)
         groups, drawn, attempts = self._collect_groups(number, examples, clock)
         used = groups[: self.settings.prompts]
         surplus = groups[self.settings.prompts :]
         metrics = self._rollout_metrics(drawn, attempts, len(used), clock)
         self.kept = self._with_behavior(surplus)
-        # the weights are about to be donated, and with them everything computed from them
-        self.loaded = dataclasses.replace(self.loaded, params=None, policies={})
+        # about to be donated; what was computed from them leaves its room to the update
+        self.loaded = None
         if used:
             state, training = self._updates(state, used, clock)
             metrics |= training
