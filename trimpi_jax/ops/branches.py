@@ -17,6 +17,10 @@ Next: trimpi_jax/ops/logprobs.py
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -79,12 +83,14 @@ def branch_attention(
             "qrskjh,qrukh->qkjrsu", grouped, own_k, preferred_element_type=jnp.float32
         )
         causal = np.arange(end)[None, :] <= np.arange(start, end)[:, None]
-        scale = h**-0.5
-        on_trunk = jnp.where(see_trunk, on_trunk * scale, MASKED)
-        on_own = jnp.where(causal[None, None, None, None], on_own * scale, MASKED)
-        trunk_weights, own_weights = _joint_softmax((on_trunk, on_own), q.dtype)
-        out = jnp.einsum("qkjrst,qtkh->qrskjh", trunk_weights, trunk_v)
-        out = out + jnp.einsum("qkjrsu,qrukh->qrskjh", own_weights, own_v)
+        parts = []
+        for logits, see, values, axes in (
+            (on_trunk, see_trunk, trunk_v, "qkjrst,qtkh->qkjrsh"),
+            (on_own, causal[None, None, None, None], own_v, "qkjrsu,qrukh->qkjrsh"),
+        ):
+            weights, total, peak = _exponentials(logits, see, h, q.dtype)
+            parts.append((jnp.einsum(axes, weights, values), total, peak))
+        out = _merge(parts, q.dtype).transpose(0, 3, 4, 1, 2, 5)  # [Q K J R S H] -> [Q R S K J H]
         pieces.append(out.reshape(*q.shape[:2], end - start, -1, h))  # K J -> N
     return jnp.concatenate(pieces, axis=2) if len(pieces) > 1 else pieces[0]
 
@@ -114,58 +120,63 @@ def decode_attention(
     """
     prompts, completions, n, h = q.shape
     kv_heads, t = trunk.k.shape[1:3]
-    s = own.k.shape[3]
-    scale = h**-0.5
     grouped = q.reshape(prompts, completions, kv_heads, n // kv_heads, h)  # N -> K J
     # the queries of a prompt are rows of one matrix per key/value head: [Q K (G J) H]
     rows = grouped.transpose(0, 2, 1, 3, 4).reshape(prompts, kv_heads, -1, h)
-    on_trunk = jnp.einsum("qkxh,qkth->qkxt", rows, trunk.k, preferred_element_type=jnp.float32)
+
+    see_own = (jnp.arange(own.k.shape[3]) <= step)[None, None, None, None]
+    logits = jnp.einsum("qgkjh,qgksh->qgkjs", grouped, own.k, preferred_element_type=jnp.float32)
+    weights, total, peak = _exponentials(logits, see_own, h, q.dtype)
+    parts = [(jnp.einsum("qgkjs,qgksh->qgkjh", weights, own.v), total, peak)]
+
     see_trunk = (jnp.arange(t)[None] < trunk_lengths[:, None])[:, None, None]
-    parts = [_to_rows(jnp.where(see_trunk, on_trunk * scale, MASKED), completions)]
-    on_own = jnp.einsum("qgkjh,qgksh->qgkjs", grouped, own.k, preferred_element_type=jnp.float32)
-    see_own = (jnp.arange(s) <= step)[None, None, None, None]
-    parts.append(jnp.where(see_own, on_own * scale, MASKED))
+    said = _attend_shared(rows, trunk, see_trunk, q.dtype)
+    parts.append(_each(said, lambda leaf: _to_rows(leaf, completions)))
     if prefix is not None:
         assert prefix_lengths is not None
         # all queries behind a document are one matrix
         many = _to_prefix(rows, prefix.k.shape[0])
-        on_prefix = jnp.einsum(
-            "zkxh,zkph->zkxp", many, prefix.k, preferred_element_type=jnp.float32
-        )
         see = (jnp.arange(prefix.k.shape[2])[None] < prefix_lengths[:, None])[:, None, None]
-        on_prefix = jnp.where(see, on_prefix * scale, MASKED)
-        parts.append(_to_rows(_from_prefix(on_prefix, prompts), completions))
-    weights = _joint_softmax(parts, q.dtype)
-    on_trunk = _to_matrix(weights[0])
-    out = _to_rows(jnp.einsum("qkxt,qkth->qkxh", on_trunk, trunk.v), completions)
-    out = out + jnp.einsum("qgkjs,qgksh->qgkjh", weights[1], own.v)
-    if prefix is not None:
-        many = _to_prefix(_to_matrix(weights[2]), prefix.k.shape[0])
-        said = jnp.einsum("zkxp,zkph->zkxh", many, prefix.v)
-        out = out + _to_rows(_from_prefix(said, prompts), completions)
-    return out.reshape(prompts, completions, n, h)  # K J -> N
+        said = _attend_shared(many, prefix, see, q.dtype)
+        parts.append(_each(said, lambda leaf: _to_rows(_from_prefix(leaf, prompts), completions)))
+    return _merge(parts, q.dtype).reshape(prompts, completions, n, h)  # K J -> N
 
 
-def _joint_softmax(parts, dtype) -> list[jax.Array]:
-    """Softmax over the last axes of all parts together, in float32; weights cast to `dtype`."""
-    peak = parts[0].max(axis=-1, keepdims=True)
-    for part in parts[1:]:
-        peak = jnp.maximum(peak, part.max(axis=-1, keepdims=True))
-    exponentials = [jnp.exp(part - jax.lax.stop_gradient(peak)) for part in parts]
-    total = sum(part.sum(axis=-1, keepdims=True) for part in exponentials)
-    return [(part / total).astype(dtype) for part in exponentials]
+Part = tuple[jax.Array, jax.Array, jax.Array]  # (sum of e^(z - peak) v, sum of e^(z - peak), peak)
+
+
+def _attend_shared(rows: jax.Array, shared: Shared, see: jax.Array, dtype) -> Part:
+    """Unnormalised attention of [Z, K, X, H] queries to keys that all of a Z share."""
+    logits = jnp.einsum("zkxh,zkth->zkxt", rows, shared.k, preferred_element_type=jnp.float32)
+    weights, total, peak = _exponentials(logits, see, rows.shape[-1], dtype)
+    return jnp.einsum("zkxt,zkth->zkxh", weights, shared.v), total, peak
+
+
+def _exponentials(logits: jax.Array, see: Any, width: int, dtype) -> Part:
+    """(e^((z - peak) / sqrt(width)) in `dtype`, its sum and the scaled peak in float32)."""
+    masked = jnp.where(see, logits, MASKED)
+    peak = jax.lax.stop_gradient(masked.max(axis=-1, keepdims=True))
+    weights = jnp.exp((masked - peak) * width**-0.5)
+    return weights.astype(dtype), weights.sum(axis=-1, keepdims=True), peak * width**-0.5
+
+
+def _merge(parts: Sequence[Part], dtype) -> jax.Array:
+    """One softmax over the keys of all parts, from what each made alone."""
+    peak = functools.reduce(jnp.maximum, (part[2] for part in parts))
+    scales = [jnp.exp(part[2] - peak) for part in parts]
+    said = [part[0].astype(jnp.float32) * scale for part, scale in zip(parts, scales, strict=True)]
+    total = [part[1] * scale for part, scale in zip(parts, scales, strict=True)]
+    return (functools.reduce(jnp.add, said) / functools.reduce(jnp.add, total)).astype(dtype)
+
+
+def _each(part: Part, change: Callable[[jax.Array], jax.Array]) -> Part:
+    return change(part[0]), change(part[1]), change(part[2])
 
 
 def _to_rows(x: jax.Array, completions: int) -> jax.Array:
     """[Q, K, (G J), E] -> [Q, G, K, J, E]."""
     q, k, _, e = x.shape
     return x.reshape(q, k, completions, -1, e).transpose(0, 2, 1, 3, 4)
-
-
-def _to_matrix(x: jax.Array) -> jax.Array:
-    """[Q, G, K, J, E] -> [Q, K, (G J), E]."""
-    q, _, k, _, e = x.shape
-    return x.transpose(0, 2, 1, 3, 4).reshape(q, k, -1, e)
 
 
 def _to_prefix(x: jax.Array, prefixes: int) -> jax.Array:

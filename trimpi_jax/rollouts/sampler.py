@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -77,7 +77,7 @@ class Sampler:
     prefill: Callable[..., tuple[Standing, jax.Array]]
     begin: Callable[[jax.Array, np.ndarray], Decoding]
     decode: Callable[[Any, Standing, Decoding, int], Decoding]
-    count_running: Callable[[Decoding], tuple[jax.Array, jax.Array]]
+    count_running: Callable[[Decoding], tuple[jax.Array, jax.Array, jax.Array]]
     compact: Callable[..., tuple[Standing, Decoding]]
     collect: Callable[[Rollouts, Standing, Decoding], Rollouts]
 
@@ -294,14 +294,14 @@ def decode(
     while until < settings.max_new_tokens:
         until = min(until + settings.compact_every, settings.max_new_tokens)
         decoding = sampler.decode(weights, standing, decoding, until)
-        prompts, longest = (int(n) for n in jax.device_get(sampler.count_running(decoding)))
-        if not longest:
+        running = Running(*(int(n) for n in jax.device_get(sampler.count_running(decoding))))
+        if not running.completions:
             break
-        fewer = rows if keep_rows else _halved(rows, prompts), _halved(count, longest)
-        if until < settings.max_new_tokens and fewer != (rows, count):
+        shape = fewer_rows(rows, count, running, keep_rows=keep_rows)
+        if until < settings.max_new_tokens and shape != (rows, count):
             found = sampler.collect(found, standing, decoding)
-            standing, decoding = sampler.compact(standing, decoding, *fewer)
-            rows, count = fewer
+            standing, decoding = sampler.compact(standing, decoding, *shape)
+            rows, count = shape
     found = sampler.collect(found, standing, decoding)
     return dataclasses.replace(found, stopped=found.stopped & valid[:, None])
 
@@ -311,10 +311,30 @@ def _laid(layers: list[Shared]) -> list[Shared]:
     return jax.tree.map(lambda leaf: constrain(leaf, *STANDING_AXES), layers)
 
 
-def _count_running(decoding: Decoding) -> tuple[jax.Array, jax.Array]:
-    """(prompts with a running completion, most running completions of one prompt)."""
+class Running(NamedTuple):
+    """Completions that are not done yet."""
+
+    prompts: int  # with at least one
+    most: int  # of one prompt
+    completions: int  # in all
+
+
+def _count_running(decoding: Decoding) -> tuple[jax.Array, jax.Array, jax.Array]:
     running = jnp.sum(~decoding.done, axis=1)
-    return jnp.sum(running > 0), jnp.max(running)
+    return jnp.sum(running > 0), jnp.max(running), jnp.sum(running)
+
+
+def fewer_rows(rows: int, count: int, running: Running, *, keep_rows: bool) -> tuple[int, int]:
+    """The smallest of few shapes [prompts, completions] that still holds what is running.
+
+    Prompts and completions are halved; or, where few completions of many prompts are left, each
+    becomes a prompt of its own, with a copy of the prompt's keys and values.
+    """
+    halved = rows if keep_rows else _halved(rows, running.prompts), _halved(count, running.most)
+    alone = 2 ** (running.completions - 1).bit_length()
+    if keep_rows or 2 * alone > halved[0] * halved[1]:  # a copy of prompts must be worth it
+        return halved
+    return alone, 1
 
 
 def _halved(size: int, needed: int) -> int:
@@ -331,17 +351,21 @@ def _is_sharded(leaf: jax.Array) -> bool:
 def _compact(
     standing: Standing, decoding: Decoding, rows: int, count: int
 ) -> tuple[Standing, Decoding]:
-    """The `rows` prompts and, of each, the `count` completions that still run come first."""
-    by_prompt = jnp.argsort(jnp.all(decoding.done, axis=1), stable=True)[:rows]
-    done = decoding.done[by_prompt]
-    order = jnp.argsort(done, axis=1, stable=True)[:, :count]
+    """What still runs, in the given shape; see `fewer_rows`."""
+    completions = decoding.done.shape[1]
+    if count == 1 and completions > 1:  # every completion becomes a prompt of its own
+        flat = jnp.argsort(decoding.done.reshape(-1), stable=True)[:rows]
+        by_prompt, order = flat // completions, (flat % completions)[:, None]
+    else:
+        by_prompt = jnp.argsort(jnp.all(decoding.done, axis=1), stable=True)[:rows]
+        order = jnp.argsort(decoding.done[by_prompt], axis=1, stable=True)[:, :count]
 
     def of_prompts(leaf):
-        return leaf if rows == decoding.done.shape[0] else leaf[by_prompt]
+        return leaf[by_prompt]
 
     def of_completions(leaf):
         index = order.reshape(*order.shape, *[1] * (leaf.ndim - 2))
-        return jnp.take_along_axis(of_prompts(leaf), index, axis=1)
+        return jnp.take_along_axis(leaf[by_prompt], index, axis=1)
 
     context = standing.context
     trunk = jax.tree.map(of_prompts, context.trunk)
