@@ -16,6 +16,7 @@ from trimpi_jax.sharding import (
     batch_sharding,
     constrain,
     make_mesh,
+    nearest_mesh,
     param_shardings,
     place_batch,
     state_shardings,
@@ -114,6 +115,29 @@ def test_mesh_shapes():
 def test_bad_meshes(shape, message):
     with pytest.raises(ValueError, match=message):
         make_mesh(*shape)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "count", "nearest"),
+    [
+        ((1, 8, 1), 4, (1, 4, 1)),
+        ((3, 1, 1), 8, (8, 1, 1)),  # as far as (4, 1, 2), and tensor is left alone
+        ((3, 1, 2), 8, (4, 1, 2)),
+        ((2, 4, 2), 8, (1, 4, 2)),  # tensor and fsdp decide what fits into memory
+        ((-1, 3, 1), 8, (2, 4, 1)),
+        ((1, 1, 8), 7, (1, 1, 7)),
+        ((1, 8, 1), 1, (1, 1, 1)),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_told_the_nearest_that_does(wanted, count, nearest):
+    sizes = dict(zip(("data", "fsdp", "tensor"), wanted, strict=True))
+    assert tuple(nearest_mesh(sizes, count).values()) == nearest
+
+
+def test_the_nearest_mesh_stands_in_the_message_as_flags():
+    flags = "--config.mesh.data=4 --config.mesh.fsdp=1 --config.mesh.tensor=2"
+    with pytest.raises(ValueError, match=flags):
+        make_mesh(3, 1, 2)
 
 
 def test_too_many_tensor_devices_for_the_heads(problem):

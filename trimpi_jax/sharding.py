@@ -78,18 +78,52 @@ def make_mesh(
             others = {name: size for name, size in sizes.items() if size != -1}
             raise ValueError(
                 f"{count} devices cannot be split over mesh axes {others}: {fixed} does not "
-                f"divide {count}. Choose sizes whose product does."
+                f"divide {count}. The nearest that fits: {_as_flags(nearest_mesh(sizes, count))}"
             )
         sizes[wild[0]] = count // fixed
     elif fixed != count:
         raise ValueError(
-            f"Mesh {sizes} needs {fixed} devices, but there are {count}. Set one axis to -1 to "
-            "let it take the rest."
+            f"Mesh {sizes} needs {fixed} devices, but there are {count}. The nearest that fits: "
+            f"{_as_flags(nearest_mesh(sizes, count))} (-1 on one axis takes the rest)"
         )
     # Auto axes: XLA propagates shardings; the default since JAX 0.9 is Explicit
     return jax.make_mesh(
         tuple(sizes.values()), MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices
     )
+
+
+def nearest_mesh(sizes: Mapping[str, int], count: int) -> dict[str, int]:
+    """The mesh of exactly `count` devices that is nearest to the wanted sizes.
+
+    Nearest is the smallest Σ |log₂(size / wanted)| over the axes; of equal ones the one that leaves
+    `tensor` alone, then `fsdp`: they decide what fits into memory.
+
+    Args:
+        sizes: wanted per axis of MESH_AXES; -1 = any.
+        count: devices.
+    """
+    divisors = [size for size in range(1, count + 1) if count % size == 0]
+
+    def distance(mesh: dict[str, int]) -> tuple[float, ...]:
+        off = {
+            name: abs(math.log2(mesh[name] / sizes[name])) if sizes[name] > 0 else 0.0
+            for name in MESH_AXES
+        }
+        return (round(sum(off.values()), 6), off["tensor"], off["fsdp"])
+
+    return min(
+        (
+            {"data": count // (fsdp * tensor), "fsdp": fsdp, "tensor": tensor}
+            for fsdp in divisors
+            for tensor in divisors
+            if count % (fsdp * tensor) == 0
+        ),
+        key=distance,
+    )
+
+
+def _as_flags(sizes: Mapping[str, int]) -> str:
+    return " ".join(f"--config.mesh.{name}={size}" for name, size in sizes.items())
 
 
 def param_shardings(axes_tree: Any, mesh: Mesh, shapes: Any) -> Any:

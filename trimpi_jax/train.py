@@ -1,5 +1,7 @@
 """The door of training: `python -m trimpi_jax.train --config configs/nano.py --workdir DIR`.
 
+The same command on every host of a TPU slice or a Slurm job; over plain ssh with three flags more.
+
 Next: trimpi_jax/stages/pipeline.py
 """
 
@@ -12,11 +14,13 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from trimpi_jax.io.flags import parse_flags
+from trimpi_jax.io.hosts import compare_hosts, define_start_flags, gather_facts, start_hosts
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/nano.py", "recipe, e.g. configs/nano.py:method=trimpi_poro_grpo"
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; runs/<config name> by default")
+_START = define_start_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -24,11 +28,15 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}; did you mean --config.KEY=VALUE?")
     logging.set_verbosity(logging.WARNING)  # orbax reports every file that it renames
-    from trimpi_jax.stages.pipeline import run  # heavy imports only after the flags are right
-
     config = _CONFIG.value
     workdir = Path(_WORKDIR.value or Path("runs") / config.name)
     try:
+        hosts = start_hosts(_START())
+        if hosts.count > 1:
+            facts = gather_facts(config, workdir)
+            compare_hosts(hosts, facts, workdir.expanduser().resolve(), _START().timeout_s)
+        from trimpi_jax.stages.pipeline import run  # heavy imports only when all has begun well
+
         run(config, workdir)
     except KeyboardInterrupt:
         sys.exit("interrupted; nothing is lost, start the same command again to continue")

@@ -52,6 +52,7 @@ from trimpi_jax.inputs.batching import (
 from trimpi_jax.inputs.encode import EncodedRow
 from trimpi_jax.io.progress import Progress
 from trimpi_jax.io.report import result_table, write_report
+from trimpi_jax.io.workdir_lock import lock_workdir
 from trimpi_jax.models.config import VLMConfig
 from trimpi_jax.models.hf_checks import stored_dtype
 from trimpi_jax.models.layers import cast_weights
@@ -111,15 +112,36 @@ def run(config: ConfigDict, workdir: Path, progress: Progress | None = None) -> 
     """
     progress = progress or Progress()
     workdir = workdir.expanduser().resolve()
-    started = time.time()
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"{jax.process_count()} processes have found each other, but this version trains on one"
+            f" process only: it would drive {jax.device_count()} devices that it cannot all feed."
+            " Take one host with all its devices, e.g. a v5p-8, a v6e-8 or a machine with 8 GPUs"
+        )
     if config.get("kind") == "nano_base":
         claim_workdir(config, workdir)
-        run_nano_base(config, workdir, progress)
+        with lock_workdir(workdir, progress.say):
+            run_nano_base(config, workdir, progress)
         return
     model, processor = open_base(config)  # what is wrong with it is told before anything is written
     model = execution(model, config, jax.default_backend())
-    base = model_folder(config.model_dir)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     claim_workdir(config, workdir)
+    with lock_workdir(workdir, progress.say):
+        internalize(config, workdir, progress, model, processor, mesh)
+
+
+def internalize(
+    config: ConfigDict,
+    workdir: Path,
+    progress: Progress,
+    model: VLMConfig,
+    processor: Processor,
+    mesh: jax.sharding.Mesh,
+) -> None:
+    """Data, base model, stages, evaluations and report, in a workdir that is claimed and locked."""
+    started = time.time()
+    base = model_folder(config.model_dir)
     prepare_data(config, workdir / "data", progress)
     splits = read_manifest(workdir / "data")["splits"]
     filled = fill_auto_sizes(
@@ -128,7 +150,6 @@ def run(config: ConfigDict, workdir: Path, progress: Progress | None = None) -> 
     if filled is not config:
         config = filled
         progress.say(f"sizes from the data: {describe_sizes(config)}")
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     this = Run(config, workdir, progress, processor, model, mesh)
     with jax.set_mesh(mesh):
         this.engine = make_run_engine(this)
@@ -203,7 +224,8 @@ def claim_workdir(config: ConfigDict, workdir: Path) -> None:
                 f" Differences (saved -> now):\n  " + "\n  ".join(differences)
             )
         return
-    if any(workdir.iterdir()):
+    # a start on several hosts that was killed may have left its marker (io/hosts.py)
+    if any(not path.name.startswith((".start-", ".probe-", ".lock")) for path in workdir.iterdir()):
         raise ValueError(f"workdir {workdir} is not empty and has no config.json: not a run")
     scratch = workdir / "config.json.part"
     scratch.write_text(json.dumps(current, indent=1, sort_keys=True))
