@@ -14,6 +14,9 @@ NETWORK_FLAGS="${NETWORK_FLAGS:-}"              # of create, e.g. --network=NAME
 SSH_FLAGS="${SSH_FLAGS:-}"                      # of gcloud's ssh and scp, e.g. --tunnel-through-iap
 REMOTE_DIR="${REMOTE_DIR:-trimpi}"              # on every worker, under the home folder
 NFS_SHARE="${NFS_SHARE:-}"                      # HOST:/PATH that setup mounts on every worker
+# nolock: locks hold on one host only. NFS 3 would keep the lock of a preempted machine for ever; with
+# a share that speaks NFS 4.1 take NFS_OPTIONS=hard,noatime,vers=4.1, where they end by themselves.
+NFS_OPTIONS="${NFS_OPTIONS:-hard,noatime,nolock}"
 MOUNT_DIR="${MOUNT_DIR:-/mnt/trimpi}"           # where it is mounted; what survives a preemption
 RUN_NAME="${RUN_NAME:-train}"                   # names the log and the exit status on the workers
 POLL_S="${POLL_S:-30}"                          # seconds between two looks while waiting

@@ -3,7 +3,7 @@
 #
 #     ZONE=... [NFS_SHARE=10.0.0.2:/share] tpu_scripts/setup.sh [--dry-run]
 #
-# Settings: TPU_NAME ZONE PROJECT SSH_FLAGS REMOTE_DIR NFS_SHARE MOUNT_DIR PYTHON_VERSION EXTRAS
+# Settings: TPU_NAME ZONE PROJECT SSH_FLAGS REMOTE_DIR NFS_SHARE NFS_OPTIONS MOUNT_DIR PYTHON_VERSION EXTRAS
 # ALLOW_UNCOMMITTED (1 = install the last commit although the working tree has changes)
 #
 # TPU VM images bring an older Python than this package needs; `uv` fetches one.
@@ -40,6 +40,6 @@ run gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME:$REMOTE_DIR/source.tar.
 on_workers all "set -eu; cd $REMOTE_DIR; rm -rf source.new; mkdir source.new; tar -xzf source.tar.gz -C source.new; echo $commit > source.new/COMMIT; rm -rf source; mv source.new source"
 on_workers all "set -eu; cd $REMOTE_DIR; python3 -m pip install --quiet --user uv; export PATH=\$HOME/.local/bin:\$PATH; [ -x venv/bin/python ] || uv venv --quiet --python $PYTHON_VERSION venv; uv pip install --quiet --python venv/bin/python -e 'source[$EXTRAS]'"
 if [[ -n "$NFS_SHARE" ]]; then
-  on_workers all "set -eu; mountpoint -q $MOUNT_DIR || { sudo apt-get install -y -q nfs-common; sudo mkdir -p $MOUNT_DIR; sudo mount -t nfs -o hard,noatime $NFS_SHARE $MOUNT_DIR; sudo chmod a+rwx $MOUNT_DIR; }"
+  on_workers all "set -eu; mountpoint -q $MOUNT_DIR || { sudo apt-get install -y -q nfs-common; sudo mkdir -p $MOUNT_DIR; sudo mount -t nfs -o $NFS_OPTIONS $NFS_SHARE $MOUNT_DIR; sudo chmod a+rwx $MOUNT_DIR; }"
 fi
 say "commit $commit is installed on every worker of $TPU_NAME"

@@ -211,7 +211,7 @@ def test_setup_installs_the_commit_everywhere_in_order(programs):
     assert "scp" in calls[1] and calls[1].endswith("--worker=all")
     assert f"echo {commit} > source.new/COMMIT" in calls[2]
     assert "source[tpu,gta]" in calls[3]
-    assert "1.2.3.4:/s /mnt/trimpi" in calls[4]
+    assert "mount -t nfs -o hard,noatime,nolock 1.2.3.4:/s /mnt/trimpi" in calls[4]
 
 
 def test_setup_stops_at_the_first_failure(programs):

@@ -47,7 +47,8 @@ def lock_workdir(workdir: Path, say: Callable[[str], None] = lambda text: None) 
                 raise
             raise ValueError(
                 f"workdir {workdir} is in use by another job ({_holder(file)}); wait for it, stop"
-                " it, or choose another folder"
+                " it, or choose another folder. If that host is gone (NFS version 3 keeps the locks"
+                f" of a machine that was taken away), delete {workdir / LOCK}"
             ) from None
         file.seek(0)
         file.truncate()
