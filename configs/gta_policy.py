@@ -33,5 +33,5 @@ def get_config(argument: str | None = None) -> ConfigDict:
     )
     config.min_pixels = 0
     config.max_pixels = 112 * 112  # ours: four windows of the nano model an image
-    config.eval = ConfigDict({"examples": 106, "rows": 16})
+    config.eval = ConfigDict({"examples": 106, "rows": 16, "every_steps": 0})
     return config

@@ -60,7 +60,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
             "clevr_dir": "",
         }
     )
-    config.eval = ConfigDict({"examples": 300, "rows": 100})
+    # every_steps: evaluate in the middle of a stage, too; 0 = only before the first and after each
+    config.eval = ConfigDict({"examples": 300, "rows": 100, "every_steps": 0})
 
     sections = {
         "vm_cpt": make_vm_cpt,

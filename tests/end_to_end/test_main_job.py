@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -11,9 +12,12 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from data_pipelines.streaming import read_split
+from trimpi_jax.io.metrics import read_metrics
 from trimpi_jax.io.progress import Progress
 from trimpi_jax.models.hf_weights import load_hf
 from trimpi_jax.stages import loop, pipeline
+from trimpi_jax.stages.evaluate_folder import evaluate_folder
+from trimpi_jax.stages.evaluate_model import PAPER_SUITES
 
 STAGES = ("0_base", "1_vm_cpt", "2_cot_sft", "3_rl")
 
@@ -53,6 +57,44 @@ def test_everything_is_there(unbroken):
     page = (workdir / "report.html").read_text()
     assert page.count("<article ") == 8
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+
+
+def test_evaluations_after_and_within_stages(unbroken):
+    """Three suites after every stage, and with every_steps=2 in the middle of RL's three steps."""
+    workdir, said = unbroken
+    for stage in STAGES:
+        folder = workdir / stage / "evaluation"
+        override = json.loads((folder / "override.json").read_text())
+        assert override["summary"]["count"] == 8
+        follows = override["summary"]["follows"]
+        asked = follows["prompt"]["count"]
+        assert 0 < asked == sum(part["correct"] for part in follows.values())
+        assert override["identity"]["model_sha256"] and override["versions"]["jax"]
+        assert {path.name for path in folder.iterdir()} == {
+            "main.json", "in_context.json", "override.json"
+        }  # fmt: skip
+    lines = read_metrics(workdir / "3_rl" / "evaluations.jsonl")
+    assert [line["step"] for line in lines] == [2]
+    assert lines[0]["evaluation/main_count"] == lines[0]["evaluation/override_count"] == 8
+    middle = json.loads((workdir / "3_rl" / "evaluation-step2" / "main.json").read_text())
+    assert (middle["identity"]["stage"], middle["identity"]["step"]) == ("3_rl", 2)
+    assert not list(workdir.glob("[12]*/evaluations.jsonl"))  # two steps each
+    assert said.count("3_rl step 2: without policy ") == 1
+
+
+def test_the_door_knows_what_training_evaluated_and_compares_stages(unbroken):
+    workdir, _ = unbroken
+    progress = quiet()
+    found = evaluate_folder(
+        workdir / "3_rl", against=workdir / "2_cot_sft" / "evaluation", progress=progress
+    )
+    said = progress.console.export_text()
+    assert said.count("evaluated before, skipped") == 3
+    assert set(found["suites"]) == set(found["against"]["suites"]) == set(PAPER_SUITES)
+    assert found["against"]["suites"]["main"]["count"] == 8
+    assert "McNemar" in said
+    on_disk = json.loads((workdir / "3_rl" / "evaluation" / "results.json").read_text())
+    assert on_disk["identity"]["model_sha256"] == found["identity"]["model_sha256"]
 
 
 def test_every_stage_trains_what_it_should(unbroken, tiny_base):
@@ -102,23 +144,30 @@ def test_second_start_skips_finished_stages(unbroken, tiny_config):
 
 def test_stopped_run_continues_to_the_same_result(unbroken, tiny_config, tmp_path, monkeypatch):
     """SIGTERM in the middle of RL, then the same command again: bitwise the same model."""
-    make_source = pipeline.open_source
+    open_stream = pipeline.open_stream
 
-    def source_that_stops(this, split, batch, stage, *each):
-        source = make_source(this, split, batch, stage, *each)
+    class StoppingStream(Iterator):
+        """Asks the run to stop while the second batch is fetched."""
 
-        def fetch(step):
-            if stage == "rl" and step == 1:
+        def __init__(self, stream):
+            self.stream, self.taken = stream, 0
+            self.get_state, self.set_state = stream.get_state, stream.set_state
+
+        def __next__(self):
+            self.taken += 1
+            if self.taken == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return source.fetch(step)
+            return next(self.stream)
 
-        return loop.Source(fetch, source.save_place, source.restore_place)
+    def stream_that_stops(this, split, batch, stage, *each):
+        stream = open_stream(this, split, batch, stage, *each)
+        return StoppingStream(stream) if stage == "rl" else stream
 
-    monkeypatch.setattr(pipeline, "open_source", source_that_stops)
+    monkeypatch.setattr(pipeline, "open_stream", stream_that_stops)
     with pytest.raises(loop.Stopped) as stopped:
         pipeline.run(tiny_config, tmp_path / "run", quiet())
     assert stopped.value.code == loop.EXIT_STOPPED
-    monkeypatch.setattr(pipeline, "open_source", make_source)
+    monkeypatch.setattr(pipeline, "open_stream", open_stream)
     progress = quiet()
     pipeline.run(tiny_config, tmp_path / "run", progress)
     assert "rl: continuing at step 2 of 3" in progress.console.export_text()

@@ -25,7 +25,9 @@ class Toy:
     """A stream of numbers, a state that depends on all of them in order, and a list of events."""
 
     def __init__(self, folder, num_steps=6, save_every=2, breaks_at=None, stops_at=None):
-        self.settings = loop.LoopSettings("toy", folder, num_steps, save_every, log_every=3)
+        self.settings = loop.LoopSettings(
+            "toy", folder, num_steps, save_every, log_every=3, evaluate_every=2
+        )
         self.place, self.events = 0, []
         self.breaks_at, self.stops_at = breaks_at, stops_at
         self.said = []
@@ -83,10 +85,10 @@ def test_the_order_is_evaluate_save_fetch_step_log(tmp_path):
     toy = Toy(tmp_path, num_steps=4)
     toy.run()
     assert toy.events == [
-        *("evaluate 0", "save 0", "fetch 0", "step 0", "fetch 1", "step 1"),
+        *("save 0", "fetch 0", "step 0", "fetch 1", "step 1"),
         # the numbers of step 2 are looked at when step 3 is under way
         *("evaluate 2", "save 2", "fetch 2", "step 2", "fetch 3", "step 3", "log 3", "log 4"),
-        *("evaluate 4", "save 4"),
+        "save 4",
     ]
     assert [step for step, _ in read_losses(tmp_path)] == [0, 1, 2, 3]
 
@@ -98,7 +100,7 @@ def test_a_stop_request_saves_and_the_resumed_run_equals_the_unbroken_one(tmp_pa
         stopped.run()
     assert stop.value.code == loop.EXIT_STOPPED == 75
     # the step was finished, then everything saved at once though step 3 is no multiple of 2
-    assert stopped.events[-5:] == ["fetch 2", "step 2", "log 3", "evaluate 3", "save 3"]
+    assert stopped.events[-4:] == ["fetch 2", "step 2", "log 3", "save 3"]
     assert "stopped and saved at step 3" in stopped.said[-1]
 
     resumed = Toy(tmp_path / "broken")
@@ -114,7 +116,7 @@ def test_a_stage_that_has_enough_ends_early_and_stays_ended(tmp_path):
     toy = Toy(tmp_path)
     toy.is_finished = lambda: toy.place >= 3
     assert float(toy.run()["total"]) == 18  # 3 (3 (1) + 2) + 3
-    assert toy.events[-2:] == ["evaluate 3", "save 3"]
+    assert toy.events[-1:] == ["save 3"]
     assert "ended early, at step 3" in toy.said[-1]
     again = Toy(tmp_path)
     again.is_finished = lambda: again.place >= 3

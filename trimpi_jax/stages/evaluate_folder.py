@@ -32,9 +32,8 @@ from trimpi_jax.stages.evaluate_model import (
     Context,
     Unavailable,
     compare_results,
-    config_digest,
-    describe_data,
     folder_digest,
+    make_identity,
     read_results,
     result_table,
     run_suites,
@@ -102,23 +101,9 @@ def evaluate_folder(
         evaluator = make_evaluator(this)
         params = load_model(source, model, mesh)
         evaluator.load(params)
-        about = {
-            "config_sha256": config_digest(chosen),
-            "model_sha256": digest,
-            **describe_data(data),
-            "seed": chosen.seed,
-            "examples": chosen.eval.examples,
-        }
+        about = make_identity(chosen, data) | {"model_sha256": digest}
         context = Context(
-            evaluator,
-            params,
-            chosen,
-            data,
-            out,
-            chosen.seed,
-            progress,
-            limit=chosen.eval.examples,
-            identity=about,
+            evaluator, params, chosen, data, out, chosen.seed, progress, identity=about
         )
         results, left_out = run_suites(context, names)
     compared = compare_results(results, other, chosen.seed) if against and results else {}

@@ -84,7 +84,6 @@ class Context:
     folder: Path  # where results are kept
     seed: int
     progress: Progress
-    limit: int | None = None  # most questions of a split; None = all
     identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def has_split(self, split: str) -> bool:
@@ -93,7 +92,7 @@ class Context:
         return split in splits and splits[split]["count"] > 0
 
     def read(self, split: str) -> list[Example]:
-        """The first `limit` Examples of a split.
+        """The first `config.eval.examples` Examples of a split.
 
         Raises:
             Unavailable: the dataset has no such split, or it is empty.
@@ -101,7 +100,7 @@ class Context:
         if not self.has_split(split):
             found = sorted(read_manifest(self.data)["splits"])
             raise Unavailable(f"{self.data} has no questions in a split '{split}'; it has {found}")
-        return list(read_split(self.data, split, self.limit))
+        return list(read_split(self.data, split, self.config.eval.examples))
 
     def option(self, suite: str, name: str, default: Any) -> Any:
         """`config.eval.SUITE.NAME`, or the default."""
@@ -445,19 +444,19 @@ def describe_comparison(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-def describe_data(folder: Path) -> dict[str, Any]:
-    """The dataset's part of an identity: its recipe's name and a digest of all shards' digests."""
-    manifest = read_manifest(folder)
+def make_identity(config: ConfigDict, data: Path) -> dict[str, Any]:
+    """What decides a result beside the model: digests of config and data, and the seed."""
+    manifest = read_manifest(data)
     shards = {
         name: [shard["sha256"] for shard in split["shards"]]
         for name, split in manifest["splits"].items()
     }
-    return {"dataset": manifest["recipe"].get("dataset", ""), "data_sha256": _digest(shards)}
-
-
-def config_digest(config: ConfigDict) -> str:
-    """sha256 of a config's JSON."""
-    return _digest(json.loads(config.to_json()))
+    return {
+        "config_sha256": _digest(json.loads(config.to_json())),
+        "dataset": manifest["recipe"].get("dataset", ""),
+        "data_sha256": _digest(shards),
+        "seed": config.seed,
+    }
 
 
 def folder_digest(folder: Path) -> str:

@@ -49,6 +49,7 @@ class LoopSettings:
     num_steps: int
     save_every: int
     log_every: int = 10
+    evaluate_every: int = 0  # 0 = never; not at the start and the end, which the stage's owner does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ def run(
         take_step: (state, step, examples) -> (state, metrics); metrics may be device arrays,
             "train/loss" is checked to be finite.
         progress: where bars and lines go.
-        evaluate: called before every save with the state and the step.
+        evaluate: called every `evaluate_every` steps with the state and the step, before a save.
         is_finished: asked after every step, and after a restore; True ends the stage early.
 
     Raises:
@@ -104,9 +105,11 @@ def run(
                 if is_finished():
                     progress.say(f"{settings.name}: ended early, at step {step}")
                     break
-                if step % settings.save_every == 0 or stop:
+                if _is_due(step, settings.evaluate_every) and not stop:
                     late.flush()
                     evaluate(state, step)
+                if step % settings.save_every == 0 or stop:
+                    late.flush()
                     save_checkpoint(manager, step, state, {"source": source.save_place()})
                 if stop:
                     manager.wait_until_finished()
@@ -121,12 +124,15 @@ def run(
                 late.put(step, metrics, examples)
                 last = step + 1
             late.flush()
-            evaluate(state, last)
             save_checkpoint(manager, last, state, {"source": source.save_place()})
             manager.wait_until_finished()
     finally:
         manager.close()
     return state
+
+
+def _is_due(step: int, every: int) -> bool:
+    return bool(every) and step > 0 and step % every == 0
 
 
 class _LateMetrics:

@@ -3,7 +3,8 @@
     workdir/config.json     what this folder belongs to; another config is refused
     workdir/data/           shards and manifest
     workdir/0_base/ 1_vm_cpt/ 2_cot_sft/ 3_rl/
-        checkpoints/  metrics.jsonl  model/  adapter/ (LoRA)  evaluation.json
+        checkpoints/  metrics.jsonl  model/  adapter/ (LoRA)  evaluation/  evaluation.json
+        evaluation-step40/  evaluations.jsonl     with config.eval.every_steps: while it trained
     workdir/final/          the trained model, Hugging Face layout
     workdir/report.html     everything on one page
 
@@ -40,7 +41,7 @@ from data_pipelines.streaming import (
     restore_state,
 )
 from trimpi_jax.evaluators.efficiency import make_prefill, measure_prefill_ms
-from trimpi_jax.evaluators.questions import EvaluationSettings, Evaluator, summarize
+from trimpi_jax.evaluators.questions import EvaluationSettings, Evaluator
 from trimpi_jax.grading.answers import RewardWeights
 from trimpi_jax.inputs.batching import (
     BatchShapes,
@@ -50,6 +51,7 @@ from trimpi_jax.inputs.batching import (
     padding_waste,
 )
 from trimpi_jax.inputs.encode import EncodedRow
+from trimpi_jax.io.metrics import append_metrics
 from trimpi_jax.io.progress import Progress
 from trimpi_jax.io.report import result_table, write_report
 from trimpi_jax.io.workdir_lock import lock_workdir
@@ -65,6 +67,14 @@ from trimpi_jax.rollouts.groups import PromptSizes
 from trimpi_jax.sharding import make_mesh, place_batch
 from trimpi_jax.stages import loop
 from trimpi_jax.stages.auto_sizes import describe_sizes, fill_auto_sizes
+from trimpi_jax.stages.evaluate_model import (
+    PAPER_SUITES,
+    Context,
+    folder_digest,
+    make_identity,
+    run_suites,
+    write_json,
+)
 from trimpi_jax.stages.model_files import (
     base_of_stage,
     load_weights,
@@ -155,7 +165,7 @@ def internalize(
         this.engine = make_run_engine(this)
         this.evaluator = make_evaluator(this)
         params = load_weights(base, model, mesh)
-        evaluate_stage(this, params, "0_base")
+        evaluate_stage(this, params, "0_base", base)
         for number, stage in enumerate(config.stages, start=1):
             folder = workdir / f"{number}_{stage}"
             if (folder / "model" / "config.json").is_file():
@@ -165,7 +175,7 @@ def internalize(
                 params = run_stage(this, params, stage, folder)
                 write_model(folder / "model", base, model, params, processor)
                 shutil.rmtree(folder / "checkpoints")
-            evaluate_stage(this, params, folder.name)
+            evaluate_stage(this, params, folder.name, folder / "model")
     if not (workdir / "final" / "config.json").is_file():
         write_model(workdir / "final", base, model, params, processor, stored_dtype(base))
     progress.table(result_table(workdir))
@@ -318,16 +328,25 @@ def run_supervised(this: Run, params: Any, stage: str, folder: Path) -> Any:
             "inputs/padding_share": padding_waste(batch),
         }
 
+    def plain(state: TrainState) -> Any:
+        if trainable != "lora":
+            return state.params
+        return merge_lora(state.params, model.text.lora_scale)
+
     encode = functools.partial(encode_training_row, processor=this.processor, stage=stage)
     source = open_source(this, split, settings.batch, stage, encode)
     state = loop.run(
-        loop_settings(this, stage, folder, steps), state, source, take_step, this.progress
+        loop_settings(this, stage, folder, steps),
+        state,
+        source,
+        take_step,
+        this.progress,
+        lambda state, number: evaluate_step(this, plain(state), folder, number),
     )
-    if trainable != "lora":
-        return state.params
-    base = base_of_stage(this.workdir, this.config, int(folder.name.split("_")[0]))
-    write_adapter(folder / "adapter", base, model, state.params)
-    return merge_lora(state.params, model.text.lora_scale)
+    if trainable == "lora":
+        base = base_of_stage(this.workdir, this.config, int(folder.name.split("_")[0]))
+        write_adapter(folder / "adapter", base, model, state.params)
+    return plain(state)
 
 
 def run_rl(this: Run, params: Any, folder: Path) -> Any:
@@ -377,6 +396,7 @@ def run_rl(this: Run, params: Any, folder: Path) -> Any:
         source,
         take_step,
         this.progress,
+        lambda state, number: evaluate_step(this, state.params, folder, number),
         is_finished=lambda: step.is_finished,
     ).params
 
@@ -466,6 +486,7 @@ def loop_settings(this: Run, stage: str, folder: Path, steps: int) -> loop.LoopS
         num_steps=steps,
         save_every=this.config.save_every,
         log_every=this.config.log_every,
+        evaluate_every=this.config.eval.get("every_steps", 0),
     )
 
 
@@ -550,38 +571,77 @@ def make_evaluator(this: Run) -> Evaluator:
     )
 
 
-def evaluate_stage(this: Run, params: Any, name: str) -> None:
-    """Unseen images without the policy and with it; skipped when already on disk."""
+def evaluate_stage(this: Run, params: Any, name: str, files: Path) -> None:
+    """The paper's suites on a finished stage; skipped when already on disk.
+
+    Args:
+        this: the run.
+        params: of the model in `files`.
+        name: of the stage's folder.
+        files: the model's folder, of which the results keep a digest.
+    """
     path = this.workdir / name / "evaluation.json"
     if path.is_file():
         return
-    examples = read_split(this.workdir / "data", "test", this.config.eval.examples)
+    digest = folder_digest(files)
+    results = run_paper_suites(this, params, path.parent / "evaluation", {"model_sha256": digest})
     prefill = make_prefill(this.model, this.config.dtype)
-    result: dict[str, Any] = {"stage": name}
-    assert this.evaluator is not None
-    this.evaluator.load(params)
-    with this.progress.task(f"evaluate {name}", 2 * len(examples)) as bar:
-        for offset, (view, aware) in enumerate((("policy_free", False), ("policy_aware", True))):
-            records = this.evaluator.ask(
-                examples,
-                policy_in_prompt=aware,
-                on_progress=lambda done, at=offset: bar(at * len(examples) + done, {}),
-            )
-            result[view] = summarize(records) | {
-                "prefill_ms": measure_prefill_ms(
-                    prefill, params, examples[0], this.processor, policy_in_prompt=aware
-                )
-            }
-            result[f"{view}_records"] = records
-    this.evaluator.unload()  # the next stage needs the room
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1))
-    os.replace(part, path)
-    free, aware = result["policy_free"], result["policy_aware"]
-    this.progress.say(
-        f"{name}: without policy {free['correct']}/{free['count']},"
-        f" policy in context {aware['correct']}/{aware['count']}"
+    example = read_split(this.workdir / "data", "test", 1)[0]
+    found: dict[str, Any] = {"stage": name}
+    for view, suite, aware in (
+        ("policy_free", "main", False),
+        ("policy_aware", "in_context", True),
+    ):
+        milliseconds = measure_prefill_ms(
+            prefill, params, example, this.processor, policy_in_prompt=aware
+        )
+        found[view] = results[suite]["summary"] | {"prefill_ms": milliseconds}
+        found[f"{view}_records"] = results[suite]["records"]
+    write_json(path, found)
+    this.progress.say(f"{name}: {_counts(results)}")
+
+
+def evaluate_step(this: Run, params: Any, folder: Path, number: int) -> None:
+    """The paper's suites in the middle of a stage; one line in `evaluations.jsonl`."""
+    about = {"stage": folder.name, "step": number}
+    results = run_paper_suites(this, params, folder / f"evaluation-step{number}", about)
+    line = {
+        f"evaluation/{suite}_{what}": result["summary"][what]
+        for suite, result in results.items()
+        for what in ("accuracy", "score", "correct", "count")
+    }
+    append_metrics(folder / "evaluations.jsonl", number, line)
+    this.progress.say(f"{folder.name} step {number}: {_counts(results)}")
+
+
+def run_paper_suites(
+    this: Run, params: Any, folder: Path, model: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Main, in-context and, where the data has it, override; name -> result.
+
+    Raises:
+        ValueError: there is nothing to ask.
+    """
+    evaluator, config, data = this.evaluator, this.config, this.workdir / "data"
+    assert evaluator is not None
+    evaluator.load(params)
+    identity = make_identity(config, data) | model
+    context = Context(
+        evaluator, params, config, data, folder, config.seed, this.progress, identity=identity
+    )
+    names = [name for name in PAPER_SUITES if name != "override" or context.has_split("override")]
+    results, left_out = run_suites(context, names)
+    evaluator.unload()  # its copy of the weights is memory that training needs
+    if left_out:
+        raise ValueError(f"nothing to evaluate: {left_out}")
+    return results
+
+
+def _counts(results: dict[str, dict[str, Any]]) -> str:
+    words = {"main": "without policy", "in_context": "policy in context"}
+    return ", ".join(
+        f"{words.get(name, name)} {result['summary']['correct']}/{result['summary']['count']}"
+        for name, result in results.items()
     )
 
 
