@@ -28,6 +28,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 from rich.table import Table
+from rich.text import Text
 
 from data_pipelines.example import Example
 from data_pipelines.shards import read_manifest
@@ -414,7 +415,8 @@ def result_table(
         if name in against:
             lines += describe_comparison(against[name])
         for number, (what, text) in enumerate(lines):
-            table.add_row(name if number == 0 else "", what, text)
+            # names from a dataset are text, never rich's markup
+            table.add_row(name if number == 0 else "", Text(what), Text(text))
         table.add_section()
     return table
 
