@@ -1,15 +1,21 @@
 r"""Recital: does the model know the rules when it is asked for them, apart from following them?
 
+    continued   a question as in training, its answer begun up to a Condition on its path:
+                `<think>I see: ... False: go to Condition 1.2 / Condition 1.2:`
+                -> any size small? none. False: respond with Case 2
+    jumped      the same, but begun with that Condition at once: `<think>I see: ... / Condition 1.2:`
     condition   what does Condition 1.2 of POLICY say?
                 -> any size small? True: respond with Case 4. False: respond with Case 2
     cases       which cases can POLICY respond with?  -> Case 1, Case 2, Case 3, Case 4
     version     which version of OCR may a user of age 30, 620 credits, account_type B call?
                 -> OCR_v4
 
-Questions are made from the policies that a split is about, without any picture; what is said is
-scored part by part: attribute, value, both consequences; found cases against all named ones; the
-version. Asked with the policy in the prompt, the same questions tell whether a model understands
-them at all: an internalized model that cannot recite may only never have been asked to.
+The first two need no new ability, the model goes on in its own words; `jumped` tells whether it
+knows a rule by its number, or only as what comes next. The others are questions that it was never
+trained to answer, without a picture. What is said is scored part by part: attribute, value, the
+consequence of the answer given, or both; found cases against all named ones; the version. Asked
+with the policy in the prompt, the same questions tell whether a model understands them at all: an
+internalized model that cannot recite may only never have been asked to.
 
 In: Examples of a split. Out: questions as Examples; a score for each completion, and their summary.
 
@@ -20,6 +26,7 @@ Next: trimpi_jax/evaluators/pressure.py
 from __future__ import annotations
 
 import collections
+import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -38,9 +45,11 @@ from data_pipelines.example import Example
 from data_pipelines.gta_policy.catalogue import PAPER_RULES, TOOLS
 from data_pipelines.gta_policy.tasks import sample_profile
 from trimpi_jax.evaluators.statistics import format_rate, score_records
-from trimpi_jax.evaluators.thoughts import boxed_answer, has_tree
+from trimpi_jax.evaluators.thoughts import boxed_answer, has_tree, parse_thought
 
-USERS = 20  # profiles that each versioned tool is asked about
+USERS = 20  # profiles that each versioned tool is asked about; ours
+SCENES = 4  # pictures that each section is begun with; ours
+BEGUN = ("continued", "jumped")
 THINK = "Think inside <think></think> and put it inside \\boxed{{}}"
 
 CONDITION_QUERY = (
@@ -73,14 +82,14 @@ def make_recital(examples: Sequence[Example], seed: int = 0) -> list[Example]:
         seed: of the users that tool versions are asked for.
     """
     questions: list[Example] = []
-    done: set[str] = set()
+    of_policy: dict[str, list[Example]] = collections.defaultdict(list)
     for example in examples:
-        if example.policy_name not in done:
-            done.add(example.policy_name)
-            if has_tree(example):
-                questions += _ask_tree(example)
-            elif example.meta.get("task") == "gta_policy":
-                questions += _ask_versions(example, seed)
+        of_policy[example.policy_name].append(example)
+    for own in of_policy.values():
+        if has_tree(own[0]):
+            questions += [*_begin_sections(own), *_ask_tree(own[0])]
+        elif own[0].meta.get("task") == "gta_policy":
+            questions += _ask_versions(own[0], seed)
     return questions
 
 
@@ -89,7 +98,15 @@ def score_recital(example: Example, text: str) -> dict[str, Any]:
     said = boxed_answer(text)
     gold = example.meta["recital"]
     parts: dict[str, float] = {}
-    if gold["kind"] == "condition":
+    if gold["kind"] in BEGUN:
+        begun = example.meta["answer_begins"]
+        cited = parse_thought(begun + text).citations[len(parse_thought(begun).citations) - 1]
+        leads = f"condition {cited.goes_to}" if cited.case is None else f"case {cited.case}"
+        parts["attribute"] = float(cited.attribute == gold["attribute"])
+        parts["value"] = float(cited.value == gold["value"])
+        expected = gold["if_true" if cited.answer else "if_false"]
+        parts["consequence"] = float(cited.answer is not None and leads == expected)
+    elif gold["kind"] == "condition":
         asks = _ASKS.search(said or "")
         parts["attribute"] = float(bool(asks) and asks[1].lower() == gold["attribute"])
         parts["value"] = float(bool(asks) and asks[2].lower() == gold["value"])
@@ -141,23 +158,40 @@ def describe_recital(summary: dict[str, Any], where: str) -> list[tuple[str, str
     return lines
 
 
+def _begin_sections(examples: Sequence[Example]) -> Iterator[Example]:
+    """Every section, behind the path that leads there and at once; scenes are those on the path."""
+    for condition in iter_conditions(tree_from_json(examples[0].meta["tree"])):
+        mark = f"\nCondition {condition.section}:"
+        on_path = [example for example in examples if mark in example.meta["gold_cot"]]
+        for i, example in enumerate(on_path[:SCENES]):
+            path, _, _ = example.meta["gold_cot"].partition(mark)
+            seen = path.partition("\n")[0]
+            kinds = {"continued": path, "jumped": seen}
+            for kind, before in kinds.items() if path != seen else [("continued", path)]:
+                how = {"kind": kind, **_told(condition)}
+                yield dataclasses.replace(
+                    example,
+                    example_id=f"recital/{example.policy_name}/{kind}-{condition.section}-{i}",
+                    answer=_say(condition),
+                    cot="",
+                    meta=example.meta
+                    | {
+                        "family": f"recital, {kind}",
+                        "recital": how,
+                        "answer_begins": f"<think>{before}{mark}",
+                    },
+                )
+
+
 def _ask_tree(example: Example) -> Iterator[Example]:
     root = tree_from_json(example.meta["tree"])
     for condition in iter_conditions(root):
-        leads = [_leads(child) for child in (condition.if_true, condition.if_false)]
-        gold = {
-            "kind": "condition",
-            "attribute": condition.attribute,
-            "value": condition.value,
-            "if_true": leads[0].removeprefix("go to ").removeprefix("respond with ").lower(),
-            "if_false": leads[1].removeprefix("go to ").removeprefix("respond with ").lower(),
-        }
         yield _question(
             example,
             f"condition-{condition.section}",
             CONDITION_QUERY.format(policy=example.policy_name, section=condition.section),
-            f"any {condition.attribute} {condition.value}? True: {leads[0]}. False: {leads[1]}",
-            gold,
+            _say(condition),
+            {"kind": "condition", **_told(condition)},
         )
     cases = sorted(case_numbers(root))
     yield _question(
@@ -202,7 +236,22 @@ def _question(example: Example, name: str, query: str, gold: str, how: dict[str,
     )
 
 
-def _leads(child: Condition | Case) -> str:
-    if isinstance(child, Case):
-        return f"respond with {answer(child.number)}"
-    return f"go to Condition {child.section}"
+def _say(condition: Condition) -> str:
+    leads = [
+        f"respond with {_name(child)}" if isinstance(child, Case) else f"go to {_name(child)}"
+        for child in (condition.if_true, condition.if_false)
+    ]
+    return f"any {condition.attribute} {condition.value}? True: {leads[0]}. False: {leads[1]}"
+
+
+def _told(condition: Condition) -> dict[str, str]:
+    return {
+        "attribute": condition.attribute,
+        "value": condition.value,
+        "if_true": _name(condition.if_true).lower(),
+        "if_false": _name(condition.if_false).lower(),
+    }
+
+
+def _name(node: Condition | Case) -> str:
+    return answer(node.number) if isinstance(node, Case) else f"Condition {node.section}"

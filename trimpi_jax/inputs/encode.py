@@ -160,7 +160,8 @@ def encode_behind_policy(
 def chat_messages(example: Example, *, policy_in_prompt: bool) -> list[dict[str, Any]]:
     """The conversation: the policy (when asked for) as system, then images and query as user.
 
-    `meta["earlier_turns"]`, [role, text] each, come between the two.
+    `meta["earlier_turns"]`, [role, text] each, come between the two; `meta["answer_begins"]` is
+    what the assistant has said so far, to be continued.
     """
     user: list[dict[str, str]] = [{"type": "image"} for _ in example.images]
     messages = [
@@ -168,6 +169,8 @@ def chat_messages(example: Example, *, policy_in_prompt: bool) -> list[dict[str,
         for role, text in example.meta.get("earlier_turns", ())
     ]
     messages.append({"role": "user", "content": [*user, {"type": "text", "text": example.query}]})
+    if begun := example.meta.get("answer_begins"):
+        messages.append({"role": "assistant", "content": begun})
     if not policy_in_prompt:
         return messages
     if not example.policy_text:

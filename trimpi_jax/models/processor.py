@@ -232,10 +232,17 @@ def encode_prompt_tokens(
 
 
 def render_prompt(processor: Processor, messages: Sequence[dict[str, Any]]) -> str:
-    """The chat as text, up to and with the assistant's header."""
-    return processor.tokenizer.apply_chat_template(
+    """The chat as text, up to and with the assistant's header.
+
+    Where the last message is the assistant's, its text follows the header, to be continued.
+    """
+    begun = ""
+    if messages and messages[-1]["role"] == "assistant":
+        begun, messages = messages[-1]["content"], messages[:-1]
+    rendered = processor.tokenizer.apply_chat_template(
         list(messages), tokenize=False, add_generation_prompt=True
     )
+    return rendered + begun
 
 
 def expand_image_tokens(
