@@ -13,6 +13,7 @@ configs/qwen2_5_vl.py:task=gta to train on it. The method is chosen as in config
 from ml_collections import ConfigDict
 
 from configs import own_policy
+from configs.evaluation import make_eval
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
@@ -33,5 +34,5 @@ def get_config(argument: str | None = None) -> ConfigDict:
     )
     config.min_pixels = 0
     config.max_pixels = 112 * 112  # ours: four windows of the nano model an image
-    config.eval = ConfigDict({"examples": 106, "rows": 16, "every_steps": 0})
+    config.eval = make_eval(examples=106, rows=16)
     return config

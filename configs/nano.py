@@ -9,6 +9,7 @@ A section exists only when its stage runs, so an override that would do nothing 
 
 from ml_collections import ConfigDict
 
+from configs.evaluation import make_eval
 from configs.methods import DAPO, METHODS, POLICY_ROLLOUT, parse_method
 
 
@@ -60,8 +61,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
             "clevr_dir": "",
         }
     )
-    # every_steps: evaluate in the middle of a stage, too; 0 = only before the first and after each
-    config.eval = ConfigDict({"examples": 300, "rows": 100, "every_steps": 0})
+    config.eval = make_eval(examples=300, rows=100, nano=200, new_tokens=96)
 
     sections = {
         "vm_cpt": make_vm_cpt,

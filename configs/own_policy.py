@@ -13,6 +13,7 @@ are chosen from the data; write numbers instead to choose them yourself
 from ml_collections import ConfigDict
 
 from configs import nano
+from configs.evaluation import make_eval
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
@@ -24,8 +25,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
         del config[key]
         config[key] = "auto"
     config.remat = "attention"  # a document's attention is recomputed, not kept: T x T of each head
-    # fewer examples than that: all there are
-    config.eval = ConfigDict({"examples": 200, "rows": 8, "every_steps": 0})
+    config.eval = make_eval(examples=200, rows=8)  # fewer examples: all there are
     for stage in config.stages:
         STAGES[stage](config[stage])
     return config

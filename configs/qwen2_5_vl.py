@@ -19,6 +19,7 @@ import math
 from ml_collections import ConfigDict
 
 from configs import nano
+from configs.evaluation import make_eval
 from configs.methods import parse_method
 from trimpi_jax.models.releases import parse_size
 
@@ -103,7 +104,7 @@ def set_clevr(config: ConfigDict, task: str) -> None:
     config.max_new_tokens = longest
     config.prompt_buckets = round_up(FREE_TOKENS, FREE_TOKENS + policy)
     config.row_buckets = round_up(FREE_TOKENS + longest, FREE_TOKENS + policy + longest)
-    config.eval = ConfigDict({"examples": 2000, "rows": 128, "every_steps": 0})
+    config.eval = make_eval(examples=2000, rows=128)
 
 
 def set_gta(config: ConfigDict, task: str) -> None:
@@ -119,7 +120,7 @@ def set_gta(config: ConfigDict, task: str) -> None:
     data.text_baseline = 0.0
     config.max_pixels = 512 * 28 * 28  # ours: at most 512 visual tokens an image
     set_auto_sizes(config)
-    config.eval = ConfigDict({"examples": 106, "rows": 64, "every_steps": 0})
+    config.eval = make_eval(examples=106, rows=64)
 
 
 def set_own(config: ConfigDict, task: str) -> None:
@@ -127,8 +128,7 @@ def set_own(config: ConfigDict, task: str) -> None:
     config.data = ConfigDict({"dataset": "own", "source": ""})
     config.max_pixels = 512 * 28 * 28
     set_auto_sizes(config)
-    # fewer examples than that: all there are
-    config.eval = ConfigDict({"examples": 500, "rows": 64, "every_steps": 0})
+    config.eval = make_eval(examples=500, rows=64)  # fewer than that: all there are
 
 
 def set_auto_sizes(config: ConfigDict) -> None:

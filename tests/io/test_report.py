@@ -123,7 +123,7 @@ def hostile_page(tmp_path):
     )
     folder = run / "3_rl" / "evaluation"
     folder.mkdir()
-    records = [{"example_id": e.example_id, "cause": HOSTILE} for e in examples]
+    records = [{"example_id": e.example_id, "anatomy": {"cause": HOSTILE}} for e in examples]
     suite = {"identity": {}, "summary": {}, "records": records, "lines": [[HOSTILE, HOSTILE]]}
     (folder / "anatomy.json").write_text(json.dumps(suite))
     page = tmp_path / "page.html"

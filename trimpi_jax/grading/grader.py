@@ -2,6 +2,7 @@
 
     {"form": "exact"}      the boxed answer equals the gold answer (ClevrPolicy; the default)
     choice, number, regex, tool_call, python    a user's own policy: grading/answer_forms.py
+    mmlu_pro, mmmu_pro, wildguard, nano_*       general benchmarks: grading/benchmarks.py
     gta_call               one JSON tool call by GTAPolicy's metrics: grading/tool_calls.py
 
 In: texts and their Examples, batched, since some scores are cheaper together. Out: one Grade each.
@@ -26,6 +27,14 @@ from trimpi_jax.grading.answer_forms import (
     score_pattern,
 )
 from trimpi_jax.grading.answers import Grade, grade_completion
+from trimpi_jax.grading.benchmarks import (
+    grade_benchmark,
+    read_mmlu_pro,
+    read_mmmu_pro,
+    read_nano_caption,
+    read_nano_existence,
+    read_wildguard,
+)
 from trimpi_jax.grading.tool_calls import grade_tool_calls
 
 DEFAULT_FORM = {"form": "exact"}
@@ -89,4 +98,9 @@ FORMS: Mapping[str, FormGrader] = {
     "tool_call": grade_own_calls,
     "python": grade_python,
     "gta_call": grade_tool_calls,
+    "mmlu_pro": functools.partial(grade_benchmark, read_mmlu_pro),
+    "mmmu_pro": functools.partial(grade_benchmark, read_mmmu_pro),
+    "wildguard": functools.partial(grade_benchmark, read_wildguard),
+    "nano_caption": functools.partial(grade_benchmark, read_nano_caption),
+    "nano_existence": functools.partial(grade_benchmark, read_nano_existence),
 }

@@ -69,9 +69,8 @@ def index_answers(run: RunResults, names: set[str]) -> dict[str, list[tuple[str,
     found: dict[str, list[tuple[str, bool, str, dict]]] = {name: [] for name in names}
     for model in run.models:
         causes = {
-            record["example_id"]: record["cause"]
+            record["example_id"]: record["anatomy"]["cause"]
             for record in model.suites.get("anatomy", {}).get("records", [])
-            if "cause" in record
         }
         for view, words, _ in VIEWS:
             for record in model.records.get(view, []):

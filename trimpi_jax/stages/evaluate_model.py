@@ -34,6 +34,12 @@ from data_pipelines.example import Example
 from data_pipelines.shards import read_manifest
 from data_pipelines.streaming import read_split
 from trimpi_jax.evaluators.anatomy import describe_anatomy, dissect, summarize_anatomy
+from trimpi_jax.evaluators.forgetting import (
+    ForgettingSettings,
+    describe_benchmark,
+    read_benchmarks,
+    summarize_benchmark,
+)
 from trimpi_jax.evaluators.judge import (
     JudgeSettings,
     choose_responses,
@@ -289,6 +295,31 @@ def run_pressure(context: Context) -> SuiteResult:
     return SuiteResult(summary, told, describe_pressure(summary))
 
 
+def run_forgetting(context: Context) -> SuiteResult:
+    """Forgetting: general benchmarks from the files that `config.eval.forgetting` names."""
+    options = context.config.eval.get("forgetting", ConfigDict()).to_dict()
+    known = {field.name for field in dataclasses.fields(ForgettingSettings)}
+    if unknown := sorted(set(options) - known):
+        raise ValueError(f"config.eval.forgetting has no {unknown}; it has {sorted(known)}")
+    settings = ForgettingSettings(**options)
+    benchmarks = read_benchmarks(settings, context.seed)
+    if not benchmarks:
+        raise Unavailable(
+            "name a file of a benchmark, e.g. --config.eval.forgetting.mmlu_pro=test.parquet, or"
+            " for the nano model --config.eval.forgetting.nano=200"
+        )
+    summary, told, lines = {}, [], []
+    for name, questions in benchmarks.items():
+        evaluator = context.evaluator.changed(questions, max_new_tokens=settings.max_new_tokens)
+        records = context.ask(
+            f"forgetting-{name}", questions, policy_in_prompt=False, evaluator=evaluator
+        )
+        summary[name] = summarize_benchmark(name, records)
+        lines += describe_benchmark(name, summary[name])
+        told += records
+    return SuiteResult(summary, told, lines)
+
+
 def answers_of_main(
     context: Context, name: str, examples: Sequence[Example]
 ) -> list[dict[str, Any]]:
@@ -308,6 +339,7 @@ SUITES: dict[str, Suite] = {
     "referral_judge": run_referral_judge,
     "recital": run_recital,
     "pressure": run_pressure,
+    "forgetting": run_forgetting,
 }
 PAPER_SUITES = ("main", "in_context", "override")  # what runs when nothing is named
 
