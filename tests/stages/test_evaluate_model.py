@@ -13,7 +13,12 @@ from data_pipelines.example import Example
 from trimpi_jax.evaluators.questions import EvaluationSettings, groups_of, summarize_override
 from trimpi_jax.io.progress import Progress
 from trimpi_jax.stages import evaluate_model
-from trimpi_jax.stages.evaluate_folder import choose_config, choose_suites, evaluate_folder
+from trimpi_jax.stages.evaluate_folder import (
+    NEEDED,
+    choose_config,
+    choose_suites,
+    evaluate_folder,
+)
 from trimpi_jax.stages.evaluate_model import (
     Context,
     Unavailable,
@@ -138,7 +143,7 @@ def test_a_suite_without_questions_is_left_out_with_its_reason(tmp_path):
     assert set(results) == {"main"}
     assert "no questions in a split 'override'" in left_out["override"]
     assert said[0].startswith("override: left out; ")
-    with pytest.raises(Unavailable, match="nothing: the set of questions is empty"):
+    with pytest.raises(Unavailable, match="the set of questions nothing is empty"):
         context.ask("nothing", [], policy_in_prompt=False)
 
 
@@ -197,6 +202,9 @@ def test_what_the_door_refuses(tmp_path):
     with pytest.raises(ValueError, match="trains a base model"):
         choose_config(plain, ConfigDict({"name": "nano_base"}), None)
     config = ConfigDict({"stages": [], "eval": {"examples": 5}})
+    with pytest.raises(ValueError, match=r"lacks \['attention', .*give a present one"):
+        choose_config(plain, config, None)
+    config.update(dict.fromkeys(NEEDED, 0))
     with pytest.raises(ValueError, match="--examples must be at least 1, got 0"):
         choose_config(plain, config, 0)
     assert choose_config(plain, config, 3).eval.examples == 3 and config.eval.examples == 5

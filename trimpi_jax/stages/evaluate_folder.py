@@ -50,6 +50,10 @@ from trimpi_jax.stages.pipeline import (
 )
 
 ALL = "all"
+NEEDED = (
+    *("attention", "data", "dtype", "layer_loop", "max_new_tokens", "mesh", "name"),
+    *("prompt_buckets", "seed", "windows"),
+)  # of a config, beside its stages and eval
 
 
 def evaluate_folder(
@@ -163,6 +167,11 @@ def choose_config(
         )
     if "stages" not in found or "eval" not in found:
         raise ValueError(f"config '{found.get('name', '')}' trains a base model: nothing to ask")
+    if missing := sorted(set(NEEDED) - set(found)):
+        raise ValueError(
+            f"config '{found.get('name', '')}' lacks {missing}, as one of an older version does;"
+            " give a present one with --config"
+        )
     config = found.copy_and_resolve_references()
     if examples is not None:
         if examples < 1:

@@ -133,7 +133,7 @@ class Context:
             Unavailable: there is no question.
         """
         if not examples:
-            raise Unavailable(f"{name}: the set of questions is empty")
+            raise Unavailable(f"the set of questions {name} is empty")
         evaluator = evaluator or self.evaluator
         settings = [dataclasses.asdict(evaluator.settings), evaluator.engine.sizes]
         facts = [dict(self.identity), policy_in_prompt, settings, _question_digest(examples)]
