@@ -1,6 +1,7 @@
-"""What every recipe's evaluation has: sizes, and the files of the general benchmarks.
+"""What every recipe's evaluation has: sizes, the files of the general benchmarks, the judge.
 
 --config.eval.forgetting.mmlu_pro=FILE   also mmmu_pro, mmmu_pro_vision, wildguard
+--config.eval.referral_judge.base_url=URL --config.eval.referral_judge.model=NAME
 """
 
 from ml_collections import ConfigDict
@@ -20,6 +21,20 @@ def make_eval(*, examples: int, rows: int, nano: int = 0, new_tokens: int = 1024
             "nano": nano,  # generated questions on what the nano base can do
             "examples": 0,  # most questions of a benchmark; 0 = all
             "max_new_tokens": new_tokens,
+        }
+    )
+    section.pressure = ConfigDict({"examples": 100})  # questions that are pressed upon
+    section.referral_judge = ConfigDict(
+        {
+            "base_url": "",  # an OpenAI-compatible endpoint; there is no default judge
+            "model": "",
+            "responses": 100,  # paper section 5
+            "attempts": 3,
+            "concurrency": 8,
+            "timeout_s": 120.0,
+            "max_new_tokens": 1024,
+            "price_prompt": 0.0,  # of a million tokens, for the cost; 0 = not told
+            "price_completion": 0.0,
         }
     )
     return section
