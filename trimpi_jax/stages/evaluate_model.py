@@ -34,6 +34,14 @@ from data_pipelines.example import Example
 from data_pipelines.shards import read_manifest
 from data_pipelines.streaming import read_split
 from trimpi_jax.evaluators.anatomy import describe_anatomy, dissect, summarize_anatomy
+from trimpi_jax.evaluators.efficiency import (
+    POLICY_FACTORS,
+    describe_efficiency,
+    find_break_even,
+    fit_policy_cost,
+    measure_throughput,
+    repeat_policy,
+)
 from trimpi_jax.evaluators.forgetting import (
     ForgettingSettings,
     describe_benchmark,
@@ -67,6 +75,8 @@ from trimpi_jax.evaluators.referral import (
     summarize_referral,
 )
 from trimpi_jax.evaluators.statistics import compare_records, format_rate
+from trimpi_jax.inputs.encode import policy_key
+from trimpi_jax.io.metrics import read_metrics
 from trimpi_jax.io.progress import Progress
 from trimpi_jax.models.processor import encode_completion
 
@@ -320,6 +330,41 @@ def run_forgetting(context: Context) -> SuiteResult:
     return SuiteResult(summary, told, lines)
 
 
+def run_efficiency(context: Context) -> SuiteResult:
+    """Efficiency: requests and tokens a second without and with the policy; when it pays."""
+    examples = [e for e in context.read("test") if e.policy_text]
+    examples = examples[: context.evaluator.settings.rows]
+    if not examples:
+        raise Unavailable("efficiency compares with the policy in context; there is no policy text")
+    first = policy_key(examples[0])  # one policy, so that it can be cached
+    examples = [e for e in examples if policy_key(e) == first]
+    longer = {n: [repeat_policy(e, n) for e in examples] for n in POLICY_FACTORS}
+    evaluator = context.evaluator.changed(examples)
+    summary: dict[str, Any] = {
+        "internalized": measure_throughput(evaluator, examples, aware=False),
+        "in_context": measure_throughput(evaluator, examples, aware=True),
+        "policy_cached": measure_throughput(evaluator, examples, aware=True, share=True),
+    }
+    free_tokens = summary["internalized"]["prompt_tokens"]
+    measured = [summary["internalized"], summary["in_context"]]
+    measured += [
+        measure_throughput(context.evaluator.changed(longer[n]), longer[n], aware=True)
+        for n in POLICY_FACTORS[1:]
+    ]
+    points = [(m["prompt_tokens"] - free_tokens, m["batch_s"] / m["batch"]) for m in measured]
+    _, slope = fit_policy_cost(points)
+    summary |= {"points": points, "slope_s": slope}
+    steps = [
+        line.get("time/step_s", 0.0)
+        for path in sorted(context.data.parent.glob("[0-9]*_*/metrics.jsonl"))
+        for line in read_metrics(path)
+    ]
+    if train_s := sum(steps):
+        found = find_break_even(slope, train_s, points[1][0])
+        summary |= {"train_s": train_s, "break_even": found}
+    return SuiteResult(summary, [], describe_efficiency(summary))
+
+
 def answers_of_main(
     context: Context, name: str, examples: Sequence[Example]
 ) -> list[dict[str, Any]]:
@@ -340,6 +385,7 @@ SUITES: dict[str, Suite] = {
     "recital": run_recital,
     "pressure": run_pressure,
     "forgetting": run_forgetting,
+    "efficiency": run_efficiency,
 }
 PAPER_SUITES = ("main", "in_context", "override")  # what runs when nothing is named
 
