@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Keeps a run going until it is finished: starts it, starts it again when it stopped itself (exit
-# status 75) or was killed, and after a preemption rents, sets up and starts everything anew.
+# status 75) or was ended by a signal (128 and above: killed, or the neighbour of one that was), and
+# after a preemption rents, sets up and starts everything anew.
 #
 #     ZONE=... PROVISIONING=queued-spot tpu_scripts/watch.sh [--dry-run] -- --config ... --workdir ...
 #
@@ -95,7 +96,7 @@ while true; do
     continue
   fi
   unknown=0
-  if failed="$(grep -vE "^(running .*|exit (0|$EXIT_START_AGAIN)|lost|absent|bare)$" <<<"$states")"; then
+  if failed="$(grep -vE "^(running .*|exit (0|$EXIT_START_AGAIN|1(2[89]|[3-9][0-9]))|lost|absent|bare)$" <<<"$states")"; then
     WORKER=all "$scripts/logs.sh" || true
     fail "$RUN_NAME ended with $(sort -u <<<"$failed" | paste -sd, -); it would again"
   elif grep -q '^running' <<<"$states"; then

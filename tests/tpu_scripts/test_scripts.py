@@ -311,16 +311,25 @@ def test_watch_sets_up_again_after_a_machine_restarted(programs):
     assert done(stand_ins.calls()) == ["setup", "launch"]
 
 
-def test_watch_does_not_repeat_a_failure(programs):
+def test_watch_starts_again_what_a_signal_ended(programs):
+    stand_ins = programs(
+        state("READY", times=ALWAYS), worker("exit 137", "exit 134"), worker("exit 0", "exit 0")
+    )
+    assert watch(stand_ins).returncode == 0
+    assert done(stand_ins.calls()) == ["launch"]
+
+
+@pytest.mark.parametrize("status", ["1", "2", "127", "76"])
+def test_watch_does_not_repeat_a_failure(programs, status):
     stand_ins = programs(
         state("READY", times=ALWAYS),
-        worker("exit 1", "running 7"),
+        worker(f"exit {status}", "running 7"),
         {"match": "worker.sh log", "out": "ValueError: the mesh does not fit\n"},
     )
     result = watch(stand_ins)
     assert result.returncode == 1
     assert done(stand_ins.calls()) == []
-    assert "ended with exit 1" in result.stderr
+    assert f"ended with exit {status};" in result.stderr
     assert "the mesh does not fit" in result.stdout
 
 
