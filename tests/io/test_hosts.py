@@ -152,6 +152,14 @@ def test_a_laptop_is_alone_and_a_slurm_step_is_not(monkeypatch):
     assert find_cluster(SLURM | {"SLURM_NTASKS": "1"}) == ""
 
 
+def test_a_pod_of_its_own_is_alone(monkeypatch, recwarn):
+    for name in SLURM:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    assert find_cluster({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}) == ""
+    assert not recwarn.list
+
+
 def test_one_slurm_task_a_node_drives_all_of_its_gpus():
     node = {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "8"}
     assert visible_devices(node) == list(range(8))

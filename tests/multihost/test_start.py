@@ -11,10 +11,24 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def start_both(module: str, *arguments: str, second: tuple[str, ...] = ()) -> list[tuple[int, str]]:
-    """(exit status, output) of two processes of a module; `second` goes to process 1 only."""
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+        return server.getsockname()[1]
+
+
+def start_both(
+    module: str, *arguments: str, second: tuple[str, ...] = (), apart: bool = False
+) -> list[tuple[int, str]]:
+    """(exit status, output) of two processes of a module.
+
+    Args:
+        module: to run.
+        arguments: for both.
+        second: for process 1 only.
+        apart: they look for each other at different places.
+    """
+    port = free_port()
+    ports = (port, free_port() if apart else port)
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
@@ -23,7 +37,7 @@ def start_both(module: str, *arguments: str, second: tuple[str, ...] = ()) -> li
         subprocess.Popen(
             [
                 sys.executable, "-m", module, *arguments, *extra, "--num_processes=2",
-                f"--coordinator=127.0.0.1:{port}", f"--process_id={number}",
+                f"--coordinator=127.0.0.1:{ports[number]}", f"--process_id={number}",
             ],
             env=environment,
             cwd=ROOT,
@@ -39,6 +53,17 @@ def start_both(module: str, *arguments: str, second: tuple[str, ...] = ()) -> li
     finally:
         for one in started:
             one.kill()
+
+
+@pytest.mark.timeout(240)
+def test_a_process_that_does_not_come_is_an_error_after_a_stated_time():
+    first, second = start_both("trimpi_jax.doctor", "--start_timeout_s=2", apart=True)
+    for status, output in (first, second):
+        assert status == 1, output
+        assert "waiting up to 2 s" in output
+        assert "TimeoutError: after 2 s" in output
+    assert "process 0 waits for 1 others and has heard from nobody" in first[1]
+    assert "process 0 does not answer" in second[1]
 
 
 @pytest.mark.timeout(240)

@@ -137,8 +137,11 @@ def find_cluster(environment: Mapping[str, str]) -> str:
     if environment.get("SLURM_NTASKS") == "1":
         return ""
     for cluster in ClusterEnv._cluster_types:
+        name = cluster.name or cluster.__name__  # Kubernetes has no name there
+        if name == "K8sCluster" and "JOB_COMPLETION_INDEX" not in environment:
+            continue  # a pod of its own, not one of an indexed job
         if not cluster.opt_in_only_method and cluster.is_env_present():
-            return cluster.name
+            return name
     return ""
 
 
