@@ -11,7 +11,7 @@ from trimpi_jax.rollouts.choosing import (
     NEVER,
     SamplerSettings,
     choose_tokens,
-    cumulative,
+    inverse_cdf,
     keep_top_p,
     uniforms,
 )
@@ -40,9 +40,16 @@ def test_top_p_keeps_the_smallest_set_with_that_mass(top_p, kept):
 
 
 @pytest.mark.parametrize("size", [5, 128, 129, 1000])
-def test_blocks_give_the_cumulated_sum(size):
-    values = np.random.default_rng(0).random((2, 3, size)).astype(np.float32)
-    np.testing.assert_allclose(cumulative(jnp.asarray(values)), values.cumsum(axis=-1), rtol=1e-5)
+def test_blocks_find_what_the_whole_cumulated_sum_finds(size):
+    rng = np.random.default_rng(size)
+    weights = rng.random((400, size)).astype(np.float32) * (rng.random((400, size)) < 0.3)
+    weights[:, size // 2] += 0.1  # never all 0
+    uniform = np.append(rng.random(398), [0.0, 1 - 2.0**-24]).astype(np.float32)
+    found = np.asarray(inverse_cdf(jnp.asarray(weights), jnp.asarray(uniform)))
+    up_to = weights.astype(np.float64).cumsum(axis=-1)
+    expected = (up_to <= uniform[:, None] * up_to[:, -1:]).sum(axis=-1)
+    assert (found == expected).mean() > 0.99  # a tie in the last bit may go either way
+    assert (weights[np.arange(400), found] > 0).all()
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 NEVER = -1e30  # a logit that no sample can have; finite, so that 0 * NEVER stays a number
-CUMULATIVE_BLOCK = 128  # entries summed by one matrix product; a long cumsum is slow everywhere
+BLOCK = 128  # entries of a vocabulary that are added up together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,27 +74,38 @@ def choose_tokens(
         scaled = keep_top_p(scaled, settings.top_p)
     peak = jnp.max(scaled, axis=-1, keepdims=True)
     weights = jnp.exp(scaled - peak)
-    below = cumulative(weights)
-    total = below[..., -1:]
-    # the first entry whose cumulated weight exceeds u * total
-    at = jnp.sum(below <= uniform[..., None] * total, axis=-1).astype(jnp.int32)
-    at = jnp.minimum(at, scaled.shape[-1] - 1)
+    at = inverse_cdf(weights, uniform)
     logprob = _chosen(scaled, at) - peak[..., 0] - jnp.log(jnp.sum(weights, axis=-1))
     return (at if names is None else _chosen(names, at)), logprob
 
 
-def cumulative(values: jax.Array) -> jax.Array:
-    """Cumulated sums along the last axis, by blocks: sums inside as one matrix product."""
-    size = values.shape[-1]
-    blocks = -(-size // CUMULATIVE_BLOCK)
-    if blocks == 1:
-        return jnp.cumsum(values, axis=-1)
-    padding = [(0, 0)] * (values.ndim - 1) + [(0, blocks * CUMULATIVE_BLOCK - size)]
-    cut = jnp.pad(values, padding).reshape(*values.shape[:-1], blocks, CUMULATIVE_BLOCK)
-    triangle = np.triu(np.ones((CUMULATIVE_BLOCK, CUMULATIVE_BLOCK), np.float32))
-    inside = jnp.einsum("...v,vw->...w", cut, triangle, precision="highest")
-    before = jnp.cumsum(inside[..., -1], axis=-1) - inside[..., -1]
-    return (inside + before[..., None]).reshape(*values.shape[:-1], -1)[..., :size]
+def inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The first entry whose cumulated weight exceeds `uniform` times the total.
+
+    By blocks: sums of blocks, then the entries of one block, since a cumulated sum over a whole
+    vocabulary costs more than all else in a step of a small model.
+
+    Args:
+        weights: float32 [..., V], not negative, not all 0.
+        uniform: float32 [...] in [0, 1).
+
+    Returns:
+        int32 [...]; its weight is never 0.
+    """
+    size = weights.shape[-1]
+    blocks = -(-size // BLOCK)
+    padding = [(0, 0)] * (weights.ndim - 1) + [(0, blocks * BLOCK - size)]
+    cut = jnp.pad(weights, padding).reshape(*weights.shape[:-1], blocks, BLOCK)
+    up_to = jnp.cumsum(jnp.sum(cut, axis=-1), axis=-1)
+    target = (uniform * up_to[..., -1])[..., None]
+    block = jnp.minimum(jnp.sum(up_to <= target, axis=-1), blocks - 1)
+    inside = jnp.take_along_axis(cut, block[..., None, None], axis=-2)[..., 0, :]
+    before = jnp.where(block > 0, _chosen(up_to, jnp.maximum(block - 1, 0)), 0.0)[..., None]
+    at = jnp.sum(before + jnp.cumsum(inside, axis=-1) <= target, axis=-1)
+    # the two ways of adding up may differ in the last bit: never past the last positive weight
+    places = jnp.arange(BLOCK).reshape((1,) * (inside.ndim - 1) + (BLOCK,))
+    last = jnp.max(jnp.where(inside > 0, places, 0), axis=-1)
+    return (block * BLOCK + jnp.minimum(at, last)).astype(jnp.int32)
 
 
 def keep_top_p(logits: jax.Array, top_p: float) -> jax.Array:
