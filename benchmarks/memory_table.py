@@ -4,10 +4,12 @@
     python benchmarks/memory_table.py                          # what the stages keep; a minute
     python benchmarks/memory_table.py --compile 7b:v5p-8       # and one cell through the compiler
     python benchmarks/memory_table.py --compile '.*'           # all of them; hours on two cores
+    python benchmarks/memory_table.py --compile 3b:v5p-8 --programs rl/update
 
-Figures go to benchmarks/memory_table.json (a compiled cell keeps its figures until it is compiled
-again), the table to standard output. Every cell is `trimpi_jax.preflight` with the flags
-that its row shows: all weights trained, one row a device and micro-batch, weights cut over all.
+Figures go to benchmarks/memory_table.json (a compiled program keeps its figures while the flags of
+its cell stay what they were), the table to standard output. Every cell is `trimpi_jax.preflight`
+with the flags that are noted with it: all weights trained, one row a device and micro-batch,
+weights cut over all chips, over `tensor` as far as decoding needs it.
 """
 
 from __future__ import annotations
@@ -34,18 +36,22 @@ MACHINES = {
     "H100-80x8": ("v5p:2x2x2", 8, "H100"),
     "H200x1": ("v5p:2x2x1", 1, "H200"),
 }
-HALF_MOMENTS_FROM = 0.8  # of a chip: where a step takes at least this, moments are bfloat16
-PROGRAMS = ("vm_cpt/step 3328", "rl/update 768")
+ROOM = 0.8  # of a chip: a step that takes at least this gets bfloat16 moments, decoding more tensor
+STEPS = ("vm_cpt/step 3328", "rl/update 384")
+DECODING = "rl/aware decode"
+PROGRAMS = (*STEPS, DECODING)
 
 
-def flags_of(size: str, machine: str, moments: str) -> list[str]:
+def flags_of(size: str, machine: str, moments: str, tensor: int) -> list[str]:
     """The flags of `trimpi_jax.preflight` for a cell."""
     topology, chips, stand_in = MACHINES[machine]
     flags = ["--config", f"configs/qwen2_5_vl.py:size={size}", "--topology", topology]
     if stand_in:
         flags += ["--chips", str(chips), "--stand_in_for", stand_in]
+    if tensor > 1:
+        flags.append(f"--config.mesh.tensor={tensor}")
     for stage, rows in (("vm_cpt", 128), ("rl", 32)):
-        flags.append(f"--config.{stage}.micro_batches={max(rows // chips, 1)}")
+        flags.append(f"--config.{stage}.micro_batches={max(rows * tensor // chips, 1)}")
         if moments != "float32":
             flags.append(f"--config.{stage}.moment_dtype={moments}")
     return flags
@@ -64,7 +70,25 @@ def preflight(flags: list[str], only: str) -> dict:
 
 
 def state_row(size: str, machine: str) -> dict:
-    """What VM-CPT and RL keep on a chip, with the moments that the row needs; compiles nothing."""
+    """What the stages keep on a chip, with the moments and mesh the row needs; compiles nothing."""
+    from trimpi_jax.models.releases import RELEASES
+
+    chips = MACHINES[machine][1]
+    heads = RELEASES[size].text.kv_heads
+    degrees = [degree for degree in (1, 2, 4, 8) if heads % degree == 0 and chips % degree == 0]
+    records = []
+    for moments in ("float32", "bfloat16"):
+        for tensor in degrees:
+            record = account(size, machine, moments, tensor)
+            needs = max(*record["least"].values(), record["kept"][DECODING])
+            if needs <= ROOM * record["memory_bytes"]:
+                return record
+            records.append((needs, tensor, record))
+    return min(records, key=lambda one: one[:2])[2]
+
+
+def account(size: str, machine: str, moments: str, tensor: int) -> dict:
+    """One setting of a row, added up from shapes and shardings."""
     from configs import qwen2_5_vl
     from trimpi_jax.models.releases import RELEASES
     from trimpi_jax.preflight import find_devices
@@ -76,38 +100,37 @@ def state_row(size: str, machine: str) -> dict:
     devices, _ = find_devices(topology, chips if stand_in else 0)
     chip = CHIPS[stand_in] if stand_in else chip_of(devices[0])
     assert chip is not None
-    mesh, memory = make_mesh(1, -1, 1, devices), chip.memory_gib * 2**30
-    record = {}
-    for moments in ("float32", "bfloat16"):
-        config = qwen2_5_vl.get_config(f"size={size}")
-        for stage, rows in (("vm_cpt", 128), ("rl", 32)):
-            config[stage].micro_batches = max(rows // chips, 1)
-            config[stage].moment_dtype = moments
-        programs = run_programs(config, RELEASES[size], mesh, RELEASES[size].text.vocab_size)
-        kept, least = {}, {}
-        for one in programs:
-            if one.name in PROGRAMS:
-                kept[one.name] = sum(bytes_per_chip(tree) for tree in one.held.values())
-                weights = bytes_per_chip(one.held["weights"])  # float32
-                parts = config[one.name.split("/")[0]].micro_batches
-                # weights and gradients in bfloat16; float32 sums where there are parts to add
-                least[one.name] = kept[one.name] + weights + (weights if parts > 1 else 0)
-        record = {
-            "flags": flags_of(size, machine, moments),
-            "moments": moments,
-            "memory_bytes": memory,
-            "kept": kept,
-            "least": least,
-        }
-        if max(least.values()) <= HALF_MOMENTS_FROM * memory:
-            break
-    return record
+    mesh = make_mesh(1, -1, tensor, devices)
+    config = qwen2_5_vl.get_config(f"size={size}")
+    for stage, rows in (("vm_cpt", 128), ("rl", 32)):
+        config[stage].micro_batches = max(rows * tensor // chips, 1)
+        config[stage].moment_dtype = moments
+    kept, least = {}, {}
+    for one in run_programs(config, RELEASES[size], mesh, RELEASES[size].text.vocab_size):
+        if one.name not in PROGRAMS:
+            continue
+        kept[one.name] = sum(bytes_per_chip(tree) for tree in one.held.values())
+        if one.name in STEPS:
+            weights = bytes_per_chip(one.held["weights"])  # float32
+            parts = config[one.name.split("/")[0]].micro_batches
+            # weights and gradients in bfloat16; float32 sums where there are parts to add
+            least[one.name] = kept[one.name] + weights + (weights if parts > 1 else 0)
+    return {
+        "flags": flags_of(size, machine, moments, tensor),
+        "moments": moments,
+        "tensor": tensor,
+        "memory_bytes": chip.memory_gib * 2**30,
+        "kept": kept,
+        "least": least,
+    }
 
 
-def compile_row(record: dict) -> dict:
-    """The programs of a row through the compiler."""
-    figures = preflight(record["flags"], "|".join(PROGRAMS))
-    compiled = {one["program"]: one for one in figures["programs"]}
+def compile_row(record: dict, programs: str) -> dict:
+    """The programs of a row, those that match, through the compiler."""
+    names = [name for name in PROGRAMS if re.search(programs, name)]
+    figures = preflight(record["flags"], "|".join(names))
+    found = {one["program"]: one for one in figures["programs"]}
+    compiled = record.get("compiled", {}) | found
     return record | {"compiled": compiled, "date": str(datetime.date.today())}
 
 
@@ -118,9 +141,9 @@ def gib(count: float) -> str:
 def table(figures: dict) -> list[str]:
     """Markdown; bytes per chip in GiB."""
     lines = [
-        "| model | machine | GiB a chip | moments | VM-CPT keeps | at least | compiled | RL keeps |"
-        " at least | compiled | fits | compiled for |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | machine | GiB a chip | moments | tensor | VM-CPT keeps | at least | compiled |"
+        " update keeps | at least | compiled | decoding keeps | compiled | fits | compiled for |",
+        "|" + "---|" * 15,
     ]
     for size in SIZES:
         for machine, (topology, _, stand_in) in MACHINES.items():
@@ -132,9 +155,12 @@ def table(figures: dict) -> list[str]:
             for program in PROGRAMS:
                 one = compiled.get(program)
                 totals.append(one["total_bytes"] if one else None)
-                cells += [gib(row["kept"][program]), gib(row["least"][program])]
+                cells.append(gib(row["kept"][program]))
+                if program in row["least"]:
+                    cells.append(gib(row["least"][program]))
                 cells.append(gib(totals[-1]) if totals[-1] else "-")
-            known = [*row["least"].values(), *(total for total in totals if total)]
+            known = [*row["least"].values(), row["kept"][DECODING]]
+            known += [total for total in totals if total]
             complete = "yes" if all(totals) else "not refused"
             verdict = "no" if max(known) > memory else complete
             source = topology if any(totals) else "-"
@@ -142,6 +168,7 @@ def table(figures: dict) -> list[str]:
                 source += ", in its place"
             lines.append(
                 f"| {size.upper()} | {machine} | {gib(memory)} | {row['moments']} | "
+                f"{row['tensor']} | "
                 f"{' | '.join(cells)} | {verdict} | {source} |"
             )
     return lines
@@ -150,6 +177,7 @@ def table(figures: dict) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compile", default="", help="regular expression over size:machine")
+    parser.add_argument("--programs", default="", help="regular expression over their names")
     parser.add_argument("--only_print", action="store_true")
     options = parser.parse_args()
     prepare_topology_environment(MACHINES["v5e-16"][0])
@@ -157,12 +185,14 @@ def main() -> None:
     for size in SIZES if not options.only_print else ():
         for machine in MACHINES:
             cell = f"{size}:{machine}"
-            if cell not in figures:
-                figures[cell] = state_row(size, machine)
+            old, figures[cell] = figures.get(cell, {}), state_row(size, machine)
+            if old.get("compiled") and old["flags"] == figures[cell]["flags"]:
+                kept = {name: one for name, one in old["compiled"].items() if name in PROGRAMS}
+                figures[cell] |= {"compiled": kept, "date": old["date"]}
             least = max(figures[cell]["least"].values())
             wanted = options.compile and re.fullmatch(options.compile, cell)
             if wanted and least <= figures[cell]["memory_bytes"]:
-                figures[cell] = compile_row(figures[cell])
+                figures[cell] = compile_row(figures[cell], options.programs)
             FIGURES.write_text(json.dumps(figures, indent=1))
             print(cell, "done", file=sys.stderr, flush=True)
     print("\n".join(table(figures)))

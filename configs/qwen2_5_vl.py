@@ -11,6 +11,15 @@
 `task=own` needs --config.data.source=/folder/of/the/policy (docs/own_policy.md). Numbers marked
 "paper" are those of arXiv:2510.09474, section 4; "ours" marks what it leaves open. The paper trains
 3b and 7b; 32b and 72b take the same numbers. What this file does not name is as in configs/nano.py.
+
+The numbers of micro-batches below are for eight devices. Elsewhere (docs/preflight.md has the bytes;
+`python -m trimpi_jax.preflight` says whether a run fits, before it starts):
+
+    one 80 GB card, 3b   --config.vm_cpt.micro_batches=128 --config.vm_cpt.moment_dtype=bfloat16
+                         --config.cot_sft.micro_batches=32
+                         --config.rl.micro_batches=32 --config.rl.moment_dtype=bfloat16
+    v5p-8, 7b            --config.vm_cpt.micro_batches=32 --config.cot_sft.micro_batches=8
+                         --config.rl.micro_batches=8
 """
 
 import difflib

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -87,9 +88,12 @@ def make_mesh(
             f"{_as_flags(nearest_mesh(sizes, count))} (-1 on one axis takes the rest)"
         )
     # Auto axes: XLA propagates shardings; the default since JAX 0.9 is Explicit
-    return jax.make_mesh(
-        tuple(sizes.values()), MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices
-    )
+    shape, types = tuple(sizes.values()), (AxisType.Auto,) * len(MESH_AXES)
+    try:
+        return jax.make_mesh(shape, MESH_AXES, types, devices=devices)
+    except NotImplementedError:  # a TPU's torus has no axis of such a size: cut one of its axes
+        grid = create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(grid, MESH_AXES, axis_types=types)
 
 
 def nearest_mesh(sizes: Mapping[str, int], count: int) -> dict[str, int]:
