@@ -12,7 +12,7 @@
 "paper" are those of arXiv:2510.09474, section 4; "ours" marks what it leaves open. The paper trains
 3b and 7b; 32b and 72b take the same numbers. What this file does not name is as in configs/nano.py.
 
-The numbers of micro-batches below are for eight devices. Elsewhere (docs/preflight.md has the bytes;
+The numbers of micro-batches below are for eight devices. Elsewhere (bytes in docs/preflight.md;
 `python -m trimpi_jax.preflight` says whether a run fits, before it starts):
 
     one 80 GB card, 3b   --config.vm_cpt.micro_batches=128 --config.vm_cpt.moment_dtype=bfloat16
