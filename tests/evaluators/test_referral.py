@@ -1,5 +1,7 @@
 """Exact referral: scores that a reader can check against the tree by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -85,6 +87,17 @@ def test_numbered_rules_are_held_against_the_text():
     assert score(rule + " Credits 620 is above 250.", example)["score"] == 10.0
     assert score(rule.replace("250", "300"), example)["score"] == 5.0
     assert score(f"Rule 99: be kind.\n{rule}", example)["score"] == 5.0
+
+
+def test_a_step_that_no_rule_decides_has_nothing_to_cite():
+    example = ask_call("Calculator", expression="1+1")
+    free = dataclasses.replace(example, meta=example.meta | {"gold_cot": "I add the numbers."})
+    ruled = dataclasses.replace(example, meta=example.meta | {"gold_cot": "Rule 7: so."})
+    assert score("I add.", free)["score"] is None
+    assert score("Rule 99: I add.", free)["score"] == 0.0
+    assert score("I add.", ruled)["score"] == score("I add.", example)["score"] == 0.0
+    summary = summarize_referral([score("I add.", free), score("I add.", ruled)])
+    assert (summary["count"], summary["nothing_to_cite"], summary["score"]) == (1, 1, 0.0)
 
 
 def test_a_policy_of_another_kind_is_an_error_that_names_the_judge():

@@ -41,7 +41,8 @@ def branching_error(examples: Sequence[Example], texts: Sequence[str]) -> dict[s
         cited = cited_sections(text)
         said.update(cited)
         gold.update(cited_sections(example.meta["gold_cot"]))
-        strangers = [section for section in cited if section not in conditions_of(example)]
+        there = conditions_of(example)
+        strangers = [section for section in cited if section not in there]
         missing.update(strangers)
         with_missing += bool(strangers)
     ids = sorted({*said, *gold}, key=lambda section: [int(part) for part in section.split(".")])

@@ -12,7 +12,8 @@ Every citation of a Condition is held against the tree. Three things can be true
 A reasoning that cites nothing says nothing true: 0, and it is counted. Whether the answers fit the
 picture is perception, not referral: `answer` tells it beside the score, as does `pictured` for the
 values that the policy shows by a picture. A policy of numbered rules ("Rule 3: ...", GTAPolicy, or
-a user's own) is held against its text: the rule exists, and says that.
+a user's own) is held against its text: the rule exists, and says that. There, a step that no rule
+decides has nothing to cite: where the gold reasoning cites nothing either, there is no score.
 
 In: Examples and completions. Out: a score with its parts for each, and their summary.
 
@@ -50,7 +51,7 @@ def can_check_exactly(example: Example) -> bool:
 
 
 def score_referral(example: Example, text: str) -> dict[str, Any]:
-    """Score 0..10 and parts of one completion.
+    """Score 0..10 (None = there was nothing to cite) and parts of one completion.
 
     `parts` is name -> [true, checked]; `cited` is how many citations there are; `wrong` tells the
     first few that are not true, in words.
@@ -69,7 +70,12 @@ def score_referral(example: Example, text: str) -> dict[str, Any]:
 
 
 def summarize_referral(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean score, how many cite nothing, every part as true / checked, the scores in tenths."""
+    """Mean score, how many cite nothing, every part as true / checked, the scores in tenths.
+
+    `count` are those with a score; those that had nothing to cite are counted apart.
+    """
+    nothing = sum(score["score"] is None for score in scores)
+    scores = [score for score in scores if score["score"] is not None]
     parts: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
     for score in scores:
         for name, (true, checked) in score["parts"].items():
@@ -77,6 +83,7 @@ def summarize_referral(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
             parts[name][1] += checked
     return {
         "count": len(scores),
+        "nothing_to_cite": nothing,
         "score": sum(s["score"] for s in scores) / len(scores) if scores else None,
         "cites_nothing": sum(s["cited"] == 0 for s in scores),
         "citations": sum(s["cited"] for s in scores),
@@ -94,6 +101,8 @@ def describe_referral(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("answers wholly true", f"{summary['all_true']}/{count}"),
         ("answers that cite nothing", f"{summary['cites_nothing']}/{count}"),
     ]
+    if summary["nothing_to_cite"]:
+        lines.append(("left out: no rule to cite", str(summary["nothing_to_cite"])))
     return lines + [
         (f"{name}, true", f"{true}/{checked}") for name, (true, checked) in summary["parts"].items()
     ]
@@ -173,7 +182,10 @@ def _score_rules(example: Example, text: str) -> dict[str, Any]:
         if not says:
             wrong.append(f"Rule {number} says otherwise" if exists else f"no Rule {number}")
         shares.append((exists + says) / 2)
-    return _result(shares, parts, wrong)
+    found = _result(shares, parts, wrong)
+    if not shares and not _RULE.search(example.meta.get("gold_cot") or "Rule 0: no gold reasoning"):
+        found["score"] = None
+    return found
 
 
 def _result(shares: list[float], parts: dict[str, list[int]], wrong: list[str]) -> dict[str, Any]:

@@ -116,7 +116,8 @@ def conditions_of(example: Example) -> dict[str, Condition]:
 
 def scene_of(example: Example) -> tuple[str, ...]:
     """The objects of the scene in words: the gold chain of thought begins with all of them."""
-    return parse_thought(example.meta["gold_cot"]).seen or ()
+    first, _, _ = example.meta["gold_cot"].partition("\n")
+    return parse_thought(first).seen or ()
 
 
 def _read_visit(section: str, body: str) -> Citation:

@@ -234,6 +234,7 @@ def run_referral(context: Context) -> SuiteResult:
     told = [
         record | {"accuracy": score["score"] / MOST_REFERRAL, "referral": score}
         for record, score in zip(records, scores, strict=True)
+        if score["score"] is not None
     ]
     return SuiteResult(summary, told, describe_referral(summary))
 
