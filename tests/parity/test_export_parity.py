@@ -17,8 +17,10 @@ from tests.tiny_model import ASSETS
 from trimpi_jax.io.checkpoints import open_checkpoints, save_checkpoint
 from trimpi_jax.models import hf_weights, lora, vlm
 from trimpi_jax.models.processor import copy_processor_files
+from trimpi_jax.sharding import make_mesh
 from trimpi_jax.stages.export_model import export
 from trimpi_jax.stages.model_files import write_adapter, write_model
+from trimpi_jax.stages.open_model import find_model, load_model
 from trimpi_jax.stages.train_state import OptimizerSettings, init_train_state, make_optimizer
 
 torch = pytest.importorskip("torch")
@@ -150,6 +152,10 @@ def test_a_running_lora_stage_is_merged(tied_pair, base, adapted, tmp_path):
     save_state(stage, params, "lora")
     export(stage / "checkpoints" / "7", tmp_path / "out", dtype="float32")
     merged = lora.merge_lora(params, scaled.text.lora_scale)
+    source = find_model(stage)  # what an evaluation opens: the newest checkpoint, merged as well
+    assert source.files == stage / "checkpoints" / "7" and source.run == stage.parent
+    opened = load_model(source, hf_weights.read_config(folder), make_mesh(data=1, fsdp=-1))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), opened, merged)
     assert_same_logits(load_reference(tmp_path / "out"), tied_pair, config, merged)
 
 

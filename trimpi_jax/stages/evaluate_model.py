@@ -512,7 +512,7 @@ def describe_comparison(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         (
             "only this / only the other is right",
             f"{found['first_right_only']} / {found['second_right_only']},"
-            f" McNemar p = {found['mcnemar_p']:.3g}",
+            f" McNemar p {_small(found['mcnemar_p'])}",
         ),
     ]
     if found["only_in_first"] or found["only_in_second"]:
@@ -523,6 +523,10 @@ def describe_comparison(found: Mapping[str, Any]) -> list[tuple[str, str]]:
             )
         )
     return lines
+
+
+def _small(p: float) -> str:
+    return f"= {p:.3g}" if p > 1e-300 else "< 1e-300"  # below that a float is 0
 
 
 def make_identity(config: ConfigDict, data: Path) -> dict[str, Any]:
