@@ -53,8 +53,6 @@ def set_rl(section: ConfigDict) -> None:
     section.update_prompts = 4
     if "policy_chunk" in section:
         section.policy_chunk = 4  # there is one policy: all prompts of a step share it
-    if "policy_chunk" in section:
-        section.policy_chunk = 4  # all questions are about one document
 
 
 STAGES = {"vm_cpt": set_vm_cpt, "direct_sft": set_sft, "cot_sft": set_sft, "rl": set_rl}

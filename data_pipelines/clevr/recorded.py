@@ -77,7 +77,7 @@ def read_picture(scene: Scene) -> bytes:
 @functools.lru_cache(maxsize=4)
 def _builder(data_dir: str) -> Any:
     try:
-        import tensorflow_datasets as tfds
+        import tensorflow_datasets as tfds  # pyright: ignore[reportMissingImports] - an extra
     except ImportError as error:
         raise ImportError(
             f"{TFDS}{data_dir} needs tensorflow-datasets: pip install 'trimpi_jax[tfds]'"
@@ -91,7 +91,7 @@ def _builder(data_dir: str) -> Any:
 @functools.lru_cache(maxsize=4)
 def _open_split(data_dir: str, split: str) -> Any:
     """Random access to the records of a split, pictures left encoded; None = no such split."""
-    import tensorflow_datasets as tfds
+    import tensorflow_datasets as tfds  # pyright: ignore[reportMissingImports] - an extra
 
     builder = _builder(data_dir)
     if split not in builder.info.splits:

@@ -119,7 +119,7 @@ def attend_in_segments(q, k, v, segment: jax.Array, full: bool, attention: str) 
         return segment_attention(q, k, v, segment)
     heads = ("batch", None, "vision_heads", None)
     return on_shards(
-        lambda *parts: flash_segments(*parts, attention),
+        lambda q, k, v, marks: flash_segments(q, k, v, marks, attention),
         (q, k, v, segment),
         (heads, heads, heads, ("batch", None)),
     )
