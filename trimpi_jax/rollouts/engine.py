@@ -6,8 +6,8 @@
     rollouts = fetch(view, answer(weights, asked))            decode
 
 Per weight version every image goes through the vision tower once and every policy document through
-the language model once, whoever asks: both views, all attempts of a step, and the scoring of what
-was sampled. RL and the evaluators use the same engine.
+the language model once for both views of a batch, and a policy for all batches of a step. RL, the
+evaluators and the generator of chains of thought use the same engine.
 
 Source: paper section 4; prefix sharing is exact (tests/rollouts/test_engine.py).
 Next: trimpi_jax/grading/grader.py
