@@ -66,7 +66,7 @@ def step_rate(rows: list[Any], count: int) -> tuple[float, float]:
     from trimpi_jax.models.lora import add_lora
     from trimpi_jax.sharding import make_mesh
     from trimpi_jax.stages.model_files import model_folder
-    from trimpi_jax.stages.pipeline import (
+    from trimpi_jax.stages.run_settings import (
         optimizer_settings,
         step_settings,
         training_shapes,

@@ -83,8 +83,8 @@ def run(config: Any) -> bool:
     from trimpi_jax.io.progress import Progress
     from trimpi_jax.sharding import make_mesh
     from trimpi_jax.stages.estimate import CHIPS, chip_of, estimate
-    from trimpi_jax.stages.pipeline import execution
     from trimpi_jax.stages.programs import run_programs
+    from trimpi_jax.stages.run_settings import execution
 
     if config.get("kind") == "nano_base":
         raise ValueError("preflight is for runs that internalize a policy; nano_base fits anywhere")

@@ -12,7 +12,7 @@ from data_pipelines.build import make_settings
 from trimpi_jax.grading.answers import RewardWeights
 from trimpi_jax.objectives import grpo
 from trimpi_jax.rollouts.choosing import SamplerSettings
-from trimpi_jax.stages.pipeline import optimizer_settings, rl_objective
+from trimpi_jax.stages.run_settings import optimizer_settings, rl_objective
 from trimpi_jax.stages.train_state import TRAINABLE
 
 STAGES = ("vm_cpt", "direct_sft", "cot_sft", "rl")

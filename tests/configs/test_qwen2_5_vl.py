@@ -8,7 +8,7 @@ from configs import qwen2_5_vl
 from configs.methods import METHODS
 from data_pipelines.build import DATASETS, make_settings
 from trimpi_jax.stages.model_files import open_base
-from trimpi_jax.stages.pipeline import optimizer_settings
+from trimpi_jax.stages.run_settings import optimizer_settings
 from trimpi_jax.stages.train_state import TRAINABLE
 
 

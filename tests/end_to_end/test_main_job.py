@@ -17,7 +17,7 @@ from trimpi_jax.io.progress import Progress
 from trimpi_jax.models.hf_weights import load_hf
 from trimpi_jax.stages import loop, pipeline
 from trimpi_jax.stages.evaluate_folder import evaluate_folder
-from trimpi_jax.stages.evaluate_model import PAPER_SUITES
+from trimpi_jax.stages.suites import PAPER_SUITES
 
 STAGES = ("0_base", "1_vm_cpt", "2_cot_sft", "3_rl")
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from ml_collections import ConfigDict
 
-from trimpi_jax.stages.pipeline import claim_workdir, list_differences
+from trimpi_jax.stages.workdir import claim_workdir, list_differences
 
 
 def make_config(**changes):

@@ -12,7 +12,6 @@ from data_pipelines.building import write_dataset
 from data_pipelines.example import Example
 from trimpi_jax.evaluators.questions import EvaluationSettings, groups_of, summarize_override
 from trimpi_jax.io.progress import Progress
-from trimpi_jax.stages import evaluate_model
 from trimpi_jax.stages.evaluate_folder import (
     NEEDED,
     choose_config,
@@ -20,15 +19,14 @@ from trimpi_jax.stages.evaluate_folder import (
     evaluate_folder,
 )
 from trimpi_jax.stages.evaluate_model import (
-    Context,
-    Unavailable,
     compare_results,
-    make_identity,
     read_results,
     result_table,
     run_suites,
 )
 from trimpi_jax.stages.open_model import find_model
+from trimpi_jax.stages.result_files import make_identity
+from trimpi_jax.stages.suites import SUITES, Context, Unavailable
 
 
 @dataclasses.dataclass
@@ -189,7 +187,7 @@ def test_two_models_are_compared_on_the_same_data(data, tmp_path):
 
 def test_what_the_door_refuses(tmp_path):
     assert choose_suites([]) == ["main", "in_context", "override"]
-    assert choose_suites(["all"]) == list(evaluate_model.SUITES)
+    assert choose_suites(["all"]) == list(SUITES)
     assert choose_suites(["override", "main", "main"]) == ["override", "main"]
     with pytest.raises(ValueError, match=r"no suite 'overide' \(did you mean override\?\), 'zz'"):
         choose_suites(["overide", "zz"])

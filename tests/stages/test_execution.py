@@ -4,7 +4,7 @@ import pytest
 
 from configs import nano
 from tests.tiny_model import tiny_config
-from trimpi_jax.stages.pipeline import execution
+from trimpi_jax.stages.run_settings import execution
 
 
 @pytest.mark.parametrize(

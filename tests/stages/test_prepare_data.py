@@ -12,7 +12,7 @@ from data_pipelines.shards import read_manifest
 from data_pipelines.streaming import read_split
 from tests.data_pipelines.own_policy.folders import write_folder
 from trimpi_jax.io.progress import Progress
-from trimpi_jax.stages.pipeline import prepare_data
+from trimpi_jax.stages.workdir import prepare_data
 
 
 @pytest.fixture

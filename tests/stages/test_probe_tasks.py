@@ -24,7 +24,8 @@ from trimpi_jax.rollouts.engine import make_engine
 from trimpi_jax.rollouts.groups import PromptSizes, plain_view
 from trimpi_jax.sharding import make_mesh
 from trimpi_jax.stages import rl
-from trimpi_jax.stages.rl import RLSettings, RLStep
+from trimpi_jax.stages.rl import RLStep
+from trimpi_jax.stages.rl_settings import RLSettings
 from trimpi_jax.stages.supervised import StepSettings, make_supervised_step
 from trimpi_jax.stages.train_state import init_train_state
 

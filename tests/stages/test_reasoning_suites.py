@@ -15,7 +15,8 @@ from trimpi_jax.evaluators.judge import JudgeSettings
 from trimpi_jax.evaluators.questions import groups_of
 from trimpi_jax.grading.grader import grade_completions
 from trimpi_jax.io.progress import Progress
-from trimpi_jax.stages.evaluate_model import SUITES, Unavailable, write_json
+from trimpi_jax.stages.result_files import write_json
+from trimpi_jax.stages.suites import SUITES, Unavailable
 
 EXAMPLES = [ask_about(RED_CUBE), ask_about(BLUE_SPHERE)]
 

@@ -22,7 +22,8 @@ from trimpi_jax.rollouts.engine import make_engine
 from trimpi_jax.rollouts.groups import PromptSizes
 from trimpi_jax.sharding import make_mesh, param_shardings
 from trimpi_jax.stages import rl
-from trimpi_jax.stages.rl import RLSettings, RLStep
+from trimpi_jax.stages.rl import RLStep
+from trimpi_jax.stages.rl_settings import RLSettings, check_objective
 from trimpi_jax.stages.supervised import StepSettings
 from trimpi_jax.stages.train_state import init_train_state, split_params
 from trimpi_jax.types import Rollouts
@@ -471,5 +472,5 @@ def test_importance_weights_need_the_plain_distribution(changes):
     settings = dataclasses.replace(SETTINGS, **changes)
     objective = ObjectiveSettings(importance_cap=2.0)
     with pytest.raises(ValueError, match="needs temperature 1, top_p 1 and top_k 0"):
-        rl.check_objective(objective, settings)
-    rl.check_objective(objective, SETTINGS)
+        check_objective(objective, settings)
+    check_objective(objective, SETTINGS)

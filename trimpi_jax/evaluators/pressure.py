@@ -17,7 +17,7 @@ answer by the policy of the true name.
 In: Examples of a split. Out: questions as Examples; judged records, and their summary.
 
 Source: none in the paper; the suite is ours.
-Next: trimpi_jax/stages/evaluate_model.py
+Next: trimpi_jax/stages/suites.py
 """
 
 from __future__ import annotations

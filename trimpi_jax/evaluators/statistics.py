@@ -7,7 +7,7 @@
 In: records of `evaluators/questions.py`. Out: plain numbers. 95 % wherever nothing else is said.
 
 Source: Wilson 1927; McNemar 1947, exact form; Efron & Tibshirani 1993, chapter 13 (percentiles).
-Next: trimpi_jax/stages/evaluate_model.py
+Next: trimpi_jax/stages/suites.py
 """
 
 from __future__ import annotations

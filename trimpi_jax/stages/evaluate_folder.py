@@ -27,27 +27,17 @@ from trimpi_jax.io.progress import Progress
 from trimpi_jax.sharding import make_mesh
 from trimpi_jax.stages.auto_sizes import fill_auto_sizes
 from trimpi_jax.stages.evaluate_model import (
-    PAPER_SUITES,
-    SUITES,
-    Context,
-    Unavailable,
     compare_results,
-    folder_digest,
-    make_identity,
     read_results,
     result_table,
     run_suites,
-    versions,
-    write_json,
 )
 from trimpi_jax.stages.open_model import ModelSource, find_model, load_model, open_config
-from trimpi_jax.stages.pipeline import (
-    Run,
-    execution,
-    make_evaluator,
-    make_run_engine,
-    prepare_data,
-)
+from trimpi_jax.stages.pipeline import Run, make_evaluator, make_run_engine
+from trimpi_jax.stages.result_files import folder_digest, make_identity, versions, write_json
+from trimpi_jax.stages.run_settings import execution
+from trimpi_jax.stages.suites import PAPER_SUITES, SUITES, Context, Unavailable
+from trimpi_jax.stages.workdir import prepare_data
 
 ALL = "all"
 NEEDED = (

@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import os
 import shutil
 import time
 import zlib
@@ -30,9 +28,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from data_pipelines.build import DATASETS, build, make_settings
 from data_pipelines.example import Example
-from data_pipelines.shards import check_dataset, read_manifest, split_count
+from data_pipelines.shards import read_manifest, split_count
 from data_pipelines.streaming import (
     encode_state,
     iter_split,
@@ -44,8 +41,6 @@ from trimpi_jax.evaluators.efficiency import make_prefill, measure_prefill_ms
 from trimpi_jax.evaluators.questions import EvaluationSettings, Evaluator
 from trimpi_jax.grading.answers import RewardWeights
 from trimpi_jax.inputs.batching import (
-    BatchShapes,
-    as_buckets,
     drop_too_long,
     fill_batch,
     padding_waste,
@@ -60,21 +55,11 @@ from trimpi_jax.models.hf_checks import stored_dtype
 from trimpi_jax.models.layers import cast_weights
 from trimpi_jax.models.lora import add_lora, merge_lora
 from trimpi_jax.models.processor import Processor
-from trimpi_jax.objectives.grpo import ObjectiveSettings
-from trimpi_jax.ops.kernels import choose_implementation
 from trimpi_jax.rollouts.engine import Engine, make_engine
-from trimpi_jax.rollouts.groups import PromptSizes
 from trimpi_jax.sharding import make_mesh, place_batch
 from trimpi_jax.stages import loop
 from trimpi_jax.stages.auto_sizes import describe_sizes, fill_auto_sizes
-from trimpi_jax.stages.evaluate_model import (
-    PAPER_SUITES,
-    Context,
-    folder_digest,
-    make_identity,
-    run_suites,
-    write_json,
-)
+from trimpi_jax.stages.evaluate_model import run_suites
 from trimpi_jax.stages.model_files import (
     base_of_stage,
     load_weights,
@@ -84,12 +69,23 @@ from trimpi_jax.stages.model_files import (
     write_model,
 )
 from trimpi_jax.stages.nano_base import run_nano_base
-from trimpi_jax.stages.rl import RLSettings, RLStep, completion_buckets
+from trimpi_jax.stages.result_files import folder_digest, make_identity, write_json
+from trimpi_jax.stages.rl import RLStep
+from trimpi_jax.stages.run_settings import (
+    execution,
+    optimizer_settings,
+    prompt_sizes,
+    rl_objective,
+    rl_settings,
+    step_settings,
+    training_shapes,
+    with_lora_scale,
+)
 from trimpi_jax.stages.sft import SPLITS, encode_sft_row
-from trimpi_jax.stages.supervised import StepSettings, make_supervised_step
+from trimpi_jax.stages.suites import PAPER_SUITES, Context
+from trimpi_jax.stages.supervised import make_supervised_step
 from trimpi_jax.stages.train_state import (
     Flat,
-    OptimizerSettings,
     TrainState,
     init_train_state,
     make_optimizer,
@@ -97,6 +93,7 @@ from trimpi_jax.stages.train_state import (
 )
 from trimpi_jax.stages.vm_cpt import SPLIT as VM_CPT_SPLIT
 from trimpi_jax.stages.vm_cpt import encode_vm_cpt_row
+from trimpi_jax.stages.workdir import append_records, claim_workdir, prepare_data
 
 
 @dataclasses.dataclass
@@ -185,107 +182,6 @@ def internalize(
         f"{minutes:.1f} minutes in this start. Report: {workdir / 'report.html'}"
         f"  Model: {workdir / 'final'}"
     )
-
-
-def execution(model: VLMConfig, config: ConfigDict, platform: str) -> VLMConfig:
-    """The model with what the config says about how to run it on a platform.
-
-    Raises:
-        ValueError: an attention kernel that cannot run there, or an unknown loop.
-    """
-    attention = choose_implementation(
-        config.attention, platform, config.dtype, model.text.head_width
-    )
-    packed = [name for name in config.stages if config[name].get("pack_tokens", 0)]
-    if packed and attention == "cudnn":  # it knows no segments
-        if config.attention != "auto":
-            raise ValueError(
-                f"attention {config.attention!r} is cuDNN here, which cannot keep the examples of"
-                f" packed rows apart: set pack_tokens and pack_windows of {packed} to 0, or"
-                " --config.attention=xla"
-            )
-        attention = "xla"
-    return dataclasses.replace(model, layer_loop=config.layer_loop, attention=attention)
-
-
-def claim_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Make the folder this config's, or check that it is.
-
-    Raises:
-        ValueError: it belongs to another config (every difference is listed), or it holds
-            something that is no run.
-        OSError: it cannot be written.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"workdir {workdir} is not writable ({error}); choose another") from error
-    path = workdir / "config.json"
-    current = json.loads(config.to_json())
-    if path.is_file():
-        saved = json.loads(path.read_text())
-        differences = list_differences(saved, current)
-        if differences:
-            raise ValueError(
-                f"workdir {workdir} belongs to another config; choose another folder or delete it."
-                f" Differences (saved -> now):\n  " + "\n  ".join(differences)
-            )
-        return
-    # a start on several hosts that was killed may have left its marker (io/hosts.py)
-    if any(not path.name.startswith((".start-", ".probe-", ".lock")) for path in workdir.iterdir()):
-        raise ValueError(f"workdir {workdir} is not empty and has no config.json: not a run")
-    scratch = workdir / "config.json.part"
-    scratch.write_text(json.dumps(current, indent=1, sort_keys=True))
-    os.replace(scratch, path)
-
-
-def list_differences(saved: Any, current: Any, path: str = "config") -> list[str]:
-    """`path: old -> new` for every leaf that differs."""
-    if isinstance(saved, dict) and isinstance(current, dict):
-        return [
-            line
-            for key in sorted(saved.keys() | current.keys())
-            for line in list_differences(
-                saved.get(key, "(absent)"), current.get(key, "(absent)"), f"{path}.{key}"
-            )
-        ]
-    return [] if saved == current else [f"{path}: {saved!r} -> {current!r}"]
-
-
-def prepare_data(config: ConfigDict, folder: Path, progress: Progress) -> None:
-    """Build the dataset, or check and reuse it; its chains of thought may be those of make_cot.
-
-    Raises:
-        ValueError: broken shards, or shards of another recipe.
-    """
-    if config.get("data_dir") and not folder.exists():
-        given = Path(config.data_dir).expanduser().resolve()
-        check_dataset(given)
-        folder.symlink_to(given)
-    options = config.data.to_dict()
-    dataset = options.pop("dataset")
-    settings = make_settings(dataset, options)
-    wanted = json.loads(json.dumps(DATASETS[dataset].recipe(settings)))
-    if folder.exists() and any(folder.iterdir()):
-        found = check_dataset(folder)["recipe"]
-        thoughts = found.pop("cot", None)
-        if found != wanted:
-            lines = list_differences(found, wanted, "recipe")
-            raise ValueError(f"{folder} was built otherwise:\n  " + "\n  ".join(lines))
-        progress.say(f"data: {folder} is whole, reused")
-        if thoughts:
-            progress.say(
-                f"data: chains of thought by {thoughts['model']}, {thoughts['mode']},"
-                f" {thoughts['accepted']}/{thoughts['asked']} accepted"
-            )
-        return
-    with progress.task("data", None) as bar:
-        manifest = build(dataset, settings, folder, lambda done, total: bar(done, {}, total=total))
-    counts = {name: split["count"] for name, split in manifest["splits"].items()}
-    progress.say(f"data: {counts} examples in {folder}")
 
 
 def run_stage(this: Run, params: Any, stage: str, folder: Path) -> Any:
@@ -410,74 +306,6 @@ def _copy_reference(trained: Flat, dtype: str) -> Flat:
     }
 
 
-def with_lora_scale(model: VLMConfig, settings: ConfigDict) -> VLMConfig:
-    """The model with the factor alpha / rank of its adapters."""
-    scale = settings.lora_alpha / settings.lora_rank
-    return dataclasses.replace(model, text=dataclasses.replace(model.text, lora_scale=scale))
-
-
-def step_settings(config: ConfigDict, stage: str) -> StepSettings:
-    """How a training step of a stage is computed."""
-    settings = config[stage]
-    return StepSettings(settings.trainable, config.dtype, settings.micro_batches, config.remat)
-
-
-def rl_settings(config: ConfigDict) -> RLSettings:
-    """The sizes of an RL step."""
-    settings = config.rl
-    return RLSettings(
-        group_size=settings.group_size,
-        prompts=settings.prompts,
-        update_prompts=settings.update_prompts,
-        sample_prompts=settings.sample_prompts or settings.prompts,
-        policy_rollout=settings.policy_rollout,
-        max_new_tokens=config.max_new_tokens,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        completion_buckets=completion_buckets(config.max_new_tokens),
-        compact_every=settings.compact_every,
-        policy_chunk=settings.get("policy_chunk", 1),
-        max_attempts=settings.get("max_attempts", 1),
-        stop_after_dry_steps=settings.get("stop_after_dry_steps", 0),
-        overlong_tokens=settings.get("overlong_tokens", 0),
-        max_failed_grades=settings.max_failed_grades,
-        seed=config.seed,
-    )
-
-
-def rl_objective(config: ConfigDict) -> ObjectiveSettings:
-    """The objective of the `rl` section: "grpo" or "dapo", its constants from the config."""
-    settings = config.rl
-    if settings.objective not in ("grpo", "dapo"):
-        raise ValueError(f"rl.objective is 'grpo' or 'dapo', got '{settings.objective}'")
-    return ObjectiveSettings(
-        loss_mean={"grpo": "sequence", "dapo": "token"}[settings.objective],
-        clip_low=settings.clip_low,
-        clip_high=settings.clip_high,
-        kl_beta=settings.get("kl_beta", 0.0),
-        importance_cap=settings.importance_cap,
-    )
-
-
-def prompt_sizes(config: ConfigDict) -> PromptSizes:
-    """The shapes that prompts may take."""
-    return PromptSizes(tuple(config.prompt_buckets), as_buckets(config.windows))
-
-
-def optimizer_settings(settings: ConfigDict, steps: int) -> OptimizerSettings:
-    """The optimizer part of a stage's config."""
-    return OptimizerSettings(
-        learning_rate=settings.learning_rate,
-        steps=steps,
-        warmup_steps=settings.warmup_steps,
-        schedule=settings.schedule,
-        weight_decay=settings.weight_decay,
-        clip_norm=settings.clip_norm,
-        moment_dtype=settings.moment_dtype,
-    )
-
-
 def loop_settings(this: Run, stage: str, folder: Path, steps: int) -> loop.LoopSettings:
     """The loop part of a stage's config."""
     return loop.LoopSettings(
@@ -495,20 +323,6 @@ def encode_training_row(example: Example, *, processor: Processor, stage: str) -
     if stage == "vm_cpt":
         return encode_vm_cpt_row(example, processor)
     return encode_sft_row(example, processor, stage=stage)
-
-
-def training_shapes(config: ConfigDict, stage: str, mesh: jax.sharding.Mesh) -> BatchShapes:
-    """The shapes that the batches of a supervised stage may have."""
-    settings = config[stage]
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    return BatchShapes(
-        settings.batch,
-        tuple(config.row_buckets),
-        as_buckets(config.windows),
-        settings.pack_tokens,
-        settings.pack_windows,
-        devices * settings.micro_batches,
-    )
 
 
 def open_stream(
@@ -643,10 +457,3 @@ def _counts(results: dict[str, dict[str, Any]]) -> str:
         f"{words.get(name, name)} {result['summary']['correct']}/{result['summary']['count']}"
         for name, result in results.items()
     )
-
-
-def append_records(path: Path, number: int, records: list[dict[str, Any]]) -> None:
-    """Append what a step is remembered by, one JSON object a line."""
-    with path.open("a") as file:
-        for record in records:
-            file.write(json.dumps({"step": number} | record) + "\n")

@@ -36,7 +36,8 @@ from trimpi_jax.rollouts.sampler import (
     make_weight_sync,
 )
 from trimpi_jax.sharding import batch_sharding, gathered_shardings, state_shardings
-from trimpi_jax.stages.pipeline import (
+from trimpi_jax.stages.policy_update import Distribution, make_scorer, make_update
+from trimpi_jax.stages.run_settings import (
     optimizer_settings,
     rl_objective,
     rl_settings,
@@ -44,7 +45,6 @@ from trimpi_jax.stages.pipeline import (
     training_shapes,
     with_lora_scale,
 )
-from trimpi_jax.stages.policy_update import Distribution, make_scorer, make_update
 from trimpi_jax.stages.supervised import make_supervised_step
 from trimpi_jax.stages.train_state import (
     init_train_state,

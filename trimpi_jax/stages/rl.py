@@ -28,14 +28,14 @@ import collections
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 import optax
 
 from data_pipelines.example import Example
-from trimpi_jax.grading.answers import Grade, RewardWeights
+from trimpi_jax.grading.answers import RewardWeights
 from trimpi_jax.grading.rewards import Failure, check_failures, reward_completions
 from trimpi_jax.models.processor import decode_completion
 from trimpi_jax.objectives.grpo import ObjectiveSettings, overlong_penalty
@@ -53,7 +53,6 @@ from trimpi_jax.rollouts.engine import (
     read_prompts,
 )
 from trimpi_jax.rollouts.sampled import (
-    SPREAD,
     Group,
     behavior_of,
     decode_groups,
@@ -63,113 +62,14 @@ from trimpi_jax.rollouts.sampled import (
 from trimpi_jax.rollouts.sampler import allowed_tokens
 from trimpi_jax.sharding import place_batch
 from trimpi_jax.stages.policy_update import Distribution, make_scorer, make_update
+from trimpi_jax.stages.rl_metrics import Drawn, as_records, rollout_metrics
+from trimpi_jax.stages.rl_settings import RLSettings, check_objective
 from trimpi_jax.stages.supervised import StepSettings
 from trimpi_jax.stages.train_state import Flat, TrainState, join_params, split_params
 from trimpi_jax.types import GroupBatch
 
 SAMPLING = 1  # folded into the root key: what the randomness is for
 FREE, AWARE = 0, 1  # folded in next: the view
-MAX_ATTEMPTS = 20  # paper section 4: DAPO's retries
-
-
-@dataclasses.dataclass(frozen=True)
-class RLSettings:
-    """Sizes of a step. `group_size` is G: a prompt's joint group has 2G rollouts."""
-
-    group_size: int
-    prompts: int  # Q, groups of a step
-    update_prompts: int  # groups of an optimizer update
-    sample_prompts: int  # prompts that are sampled at a time: what the KV cache has room for
-    policy_rollout: bool
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    completion_buckets: tuple[int, ...]
-    seed: int
-    top_k: int = 0
-    compact_every: int = 0
-    policy_chunk: int = 1  # prompts that may share one copy of a policy while decoding
-    max_attempts: int = 1  # batches of prompts a step may draw; 1 = no dynamic sampling
-    stop_after_dry_steps: int = 0  # steps in a row that ran out of attempts; 0 = never stop
-    overlong_tokens: int = 0  # width of the soft overlong ramp; 0 = no penalty
-    max_failed_grades: float = 0.05  # share of completions whose grading may fail
-    needs_think: bool = True
-
-    def __post_init__(self):
-        problems = []
-        if self.prompts % self.update_prompts:
-            problems.append(
-                f"rl.prompts {self.prompts} is not a multiple of rl.update_prompts"
-                f" {self.update_prompts}: an update takes whole groups"
-            )
-        if not 1 <= self.sample_prompts <= self.prompts:
-            problems.append(
-                f"rl.sample_prompts {self.sample_prompts} is not between 1 and rl.prompts"
-                f" {self.prompts}"
-            )
-        if self.group_size < 1 or (self.group_size == 1 and not self.policy_rollout):
-            # a joint group of 2 is the smallest that has a spread
-            problems.append("rl.group_size must be >= 1 with policy rollouts, >= 2 without")
-        if self.temperature <= 0:
-            problems.append("rl.temperature must be > 0: equal rollouts teach nothing")
-        if max(self.completion_buckets) != self.max_new_tokens:
-            problems.append(
-                f"the largest of rl.completion_buckets {self.completion_buckets} must be"
-                f" max_new_tokens {self.max_new_tokens}"
-            )
-        if self.max_attempts < 1 or self.stop_after_dry_steps < 0:
-            problems.append("rl.max_attempts >= 1 and rl.stop_after_dry_steps >= 0")
-        if self.max_attempts == 1 and self.stop_after_dry_steps:
-            problems.append(
-                "rl.stop_after_dry_steps has no effect without dynamic sampling (rl.max_attempts 1)"
-            )
-        if not 0 <= self.overlong_tokens < self.max_new_tokens:
-            problems.append("0 <= rl.overlong_tokens < max_new_tokens")
-        if not 0 <= self.max_failed_grades <= 1:
-            problems.append("rl.max_failed_grades is a share")
-        if self.policy_chunk < 1:
-            problems.append("rl.policy_chunk must be >= 1")
-        if self.policy_chunk > 1 and not self.policy_rollout:
-            problems.append("rl.policy_chunk has no effect without policy rollouts")
-        if problems:
-            raise ValueError("; ".join(problems))
-
-    @property
-    def free_rollouts(self) -> int:
-        """Policy-free rollouts of a joint group."""
-        return self.group_size * (1 if self.policy_rollout else 2)
-
-    @property
-    def is_dynamic(self) -> bool:
-        """Whether groups without spread are dropped and asked again."""
-        return self.max_attempts > 1
-
-
-def completion_buckets(max_new_tokens: int) -> tuple[int, ...]:
-    """Lengths that completions are padded to in scores and updates: long ones also in halves."""
-    if max_new_tokens < 512:  # one program; the padding of short completions costs less
-        return (max_new_tokens,)
-    return (max_new_tokens // 4, max_new_tokens // 2, max_new_tokens)
-
-
-def check_objective(objective: ObjectiveSettings, settings: RLSettings) -> None:
-    """Raise where an option of the objective would mean something else than it says."""
-    plain = settings.temperature == 1 and settings.top_p == 1 and settings.top_k == 0
-    if objective.importance_cap and not plain:
-        raise ValueError(
-            "rl.importance_cap compares the sampler with the training graph: it needs temperature"
-            " 1, top_p 1 and top_k 0, since a cut distribution has no such ratio"
-        )
-
-
-class Drawn(NamedTuple):
-    """Graded groups of one attempt, and what is told of them."""
-
-    groups: list[Group]
-    grades: list[list[Grade]]
-    texts: list[list[str]]
-    failures: list[Failure]
-    dropped: list[str]
 
 
 class RLStep:
@@ -234,7 +134,10 @@ class RLStep:
         groups, drawn, attempts = self._collect_groups(number, examples, clock)
         used = groups[: self.settings.prompts]
         surplus = groups[self.settings.prompts :]
-        metrics = self._rollout_metrics(drawn, attempts, len(used), clock)
+        self.last_rollouts = [
+            record for part in drawn for record in as_records(part, self.settings.free_rollouts)
+        ]
+        metrics = rollout_metrics(drawn, self.settings, attempts, len(used), clock.laps)
         self.kept = self._with_behavior(surplus)
         # about to be donated; what was computed from them leaves its room to the update
         self.loaded = None
@@ -473,64 +376,6 @@ class RLStep:
                 if group.behavior_logprobs is None:
                     kept[i] = fresh[i]
         return self._place(kept)
-
-    def _rollout_metrics(
-        self, drawn: Sequence[Drawn], attempts: int, used: int, clock: _Clock
-    ) -> dict[str, Any]:
-        """What is told of everything that was sampled in this step."""
-        free = self.settings.free_rollouts
-        grades = [row for part in drawn for row in part.grades]
-        groups = [group for part in drawn for group in part.groups]
-        self.last_rollouts = [record for part in drawn for record in _as_records(part, free)]
-        metrics: dict[str, Any] = {
-            "rollouts/groups": used,
-            "rollouts/attempts": attempts,
-            "rollouts/failed_grades": sum(len(part.failures) for part in drawn),
-            "inputs/dropped_too_long": sum(len(part.dropped) for part in drawn),
-        }
-        if not groups:
-            return metrics
-        accuracy = np.asarray([[grade.accuracy for grade in row] for row in grades])
-        rewards = np.stack([group.rewards for group in groups])
-        lengths = np.stack([group.lengths for group in groups])
-        stopped = np.stack([group.stopped for group in groups])
-        spread = np.ptp(rewards, axis=1) > SPREAD
-        free_spread = np.ptp(rewards[:, :free], axis=1) > SPREAD
-        reasons = collections.Counter(grade.reason for row in grades for grade in row)
-        seconds = clock.laps.get("time/prefill_s", 0.0) + clock.laps.get("time/decode_s", 0.0)
-        metrics |= {
-            "rollouts/reward_mean": float(rewards.mean()),
-            "rollouts/accuracy_free": float(accuracy[:, :free].mean()),
-            "rollouts/zero_variance_share": float(1 - spread.mean()),
-            "rollouts/completion_tokens": float(lengths.mean()),
-            "rollouts/cut_off_share": float(1 - stopped.mean()),
-            "rollouts/empty_share": float(((lengths <= 1) & stopped).mean()),
-            "rollouts/format_share": reasons["ok"] / lengths.size,
-            "rollouts/format_failures": {k: v for k, v in reasons.items() if k != "ok"},
-            "rollouts/tokens_per_s": float(lengths.sum()) / max(seconds, 1e-9),
-        }
-        if self.settings.policy_rollout:
-            aware = float(accuracy[:, free:].mean())
-            metrics["rollouts/accuracy_aware"] = aware
-            metrics["rollouts/accuracy_gap"] = aware - metrics["rollouts/accuracy_free"]
-            metrics["rollouts/rescued_share"] = float((spread & ~free_spread).mean())
-        return metrics
-
-
-def _as_records(part: Drawn, free: int) -> list[dict[str, Any]]:
-    return [
-        {
-            "example_id": group.example.example_id,
-            "answer": group.example.answer,
-            "view": "policy_free" if i < free else "policy_aware",
-            "completion": text,
-            "accuracy": grade.accuracy,
-            "reward": float(group.rewards[i]),
-            "format": grade.reason,
-        }
-        for group, row, row_grades in zip(part.groups, part.texts, part.grades, strict=True)
-        for i, (text, grade) in enumerate(zip(row, row_grades, strict=True))
-    ]
 
 
 class _Clock:
