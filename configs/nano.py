@@ -10,7 +10,14 @@ A section exists only when its stage runs, so an override that would do nothing 
 from ml_collections import ConfigDict
 
 from configs.evaluation import make_eval
-from configs.methods import DAPO, METHODS, POLICY_ROLLOUT, parse_method
+from configs.methods import (
+    COT_QUESTIONS,
+    DAPO,
+    METHODS,
+    POLICY_ROLLOUT,
+    parse_method,
+    rl_rollouts,
+)
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
@@ -68,8 +75,11 @@ def get_config(argument: str | None = None) -> ConfigDict:
         "direct_sft": make_direct_sft,
         "cot_sft": make_cot_sft,
         "rl": lambda: make_rl(
-            policy_rollout=method in POLICY_ROLLOUT, objective="dapo" if method in DAPO else "grpo"
+            policy_rollout=method in POLICY_ROLLOUT,
+            objective="dapo" if method in DAPO else "grpo",
+            data="cot" if method in COT_QUESTIONS else "all",
         ),
+        "distillation": make_distillation,
     }
     for stage in config.stages:
         config[stage] = sections[stage]()
@@ -116,8 +126,9 @@ def make_cot_sft() -> ConfigDict:
     return section
 
 
-def make_rl(*, policy_rollout: bool, objective: str) -> ConfigDict:
+def make_rl(*, policy_rollout: bool, objective: str, data: str = "all") -> ConfigDict:
     section = make_optimizer_section(1e-4, 5)  # paper: 1e-6 for 7B
+    section.data = data  # "all" training questions, or "cot": those with a chain of thought only
     section.steps = 100  # paper: 104
     section.objective = objective
     section.prompts = 8
@@ -145,4 +156,26 @@ def make_rl(*, policy_rollout: bool, objective: str) -> ConfigDict:
     section.format_weight = 0.1
     section.trainable = "all"  # paper: no LoRA
     section.log_rollouts_every = 20
+    return section
+
+
+def make_distillation() -> ConfigDict:
+    section = make_optimizer_section(1e-4, 5)  # as VM-CPT, which also trains all weights
+    section.data = "all"  # the questions: "all" of training, or "cot", as in `rl`
+    # completions sampled in all: by default as many as an RL row samples
+    section.rollouts = rl_rollouts(make_rl(policy_rollout=True, objective="grpo"))
+    section.samples = 16  # of a question and round, as a joint group of RL has
+    section.sample_prompts = 8  # questions sampled at a time, what the KV cache has room for
+    section.temperature = 1.0
+    section.top_k = 0  # 0 = all
+    section.top_p = 1.0
+    section.compact_every = 0  # decode steps between compactions of finished rows; 0 = never
+    section.min_accuracy = 1.0  # lowest accuracy that is kept; below 1 for graded scores only
+    section.kept_per_question = 4  # most different right answers to a question; 0 = all
+    section.max_failed_grades = 0.05  # share of completions whose grading may fail
+    section.epochs = 4  # at most as many rows as an RL row trains on: 4 x 4 of 16 samples
+    section.batch = 8
+    section.trainable = "all"
+    section.pack_tokens = 0
+    section.pack_windows = 0
     return section

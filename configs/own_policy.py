@@ -55,4 +55,16 @@ def set_rl(section: ConfigDict) -> None:
         section.policy_chunk = 4  # there is one policy: all prompts of a step share it
 
 
-STAGES = {"vm_cpt": set_vm_cpt, "direct_sft": set_sft, "cot_sft": set_sft, "rl": set_rl}
+def set_distillation(section: ConfigDict) -> None:
+    section.learning_rate = 5e-4  # as SFT
+    section.rollouts = 50 * 4 * 16  # as RL: steps, prompts, completions of a prompt
+    section.sample_prompts = 4
+
+
+STAGES = {
+    "vm_cpt": set_vm_cpt,
+    "direct_sft": set_sft,
+    "cot_sft": set_sft,
+    "rl": set_rl,
+    "distillation": set_distillation,
+}

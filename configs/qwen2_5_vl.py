@@ -152,6 +152,8 @@ TASK_SETTERS = {"clevr_t": set_clevr, "clevr_m": set_clevr, "gta": set_gta, "own
 
 def set_training(config: ConfigDict, *, gta: bool) -> None:
     """The paper's hyper-parameters, stage by stage; batches are per GPU x GPUs there."""
+    rl_steps = 50 if gta else 104  # paper: rollout steps
+    rl_prompts = 256 if gta else 384  # paper: rollout batch
     for stage in config.stages:
         section = config[stage]
         section.schedule = "constant"  # ours: not stated
@@ -177,8 +179,8 @@ def set_training(config: ConfigDict, *, gta: bool) -> None:
     if "rl" in config:
         section = config.rl
         section.learning_rate = 1e-6  # paper
-        section.steps = 50 if gta else 104  # paper: rollout steps
-        section.prompts = 256 if gta else 384  # paper: rollout batch
+        section.steps = rl_steps
+        section.prompts = rl_prompts
         section.update_prompts = 4 * 8  # paper: update batch
         section.sample_prompts = 32  # ours: 32 x 16 completions in the KV cache at a time
         section.group_size = 8  # ours: G is not stated
@@ -196,6 +198,15 @@ def set_training(config: ConfigDict, *, gta: bool) -> None:
         section.trainable = "all"  # paper: no LoRA
         section.micro_batches = 4  # ours: eight groups at a time
         section.log_rollouts_every = 1
+    if "distillation" in config:  # ours: the paper has no such row
+        section = config.distillation
+        section.learning_rate = 1e-5  # as VM-CPT: all weights, supervised
+        section.rollouts = rl_steps * rl_prompts * 16  # as many completions as RL samples
+        section.sample_prompts = 32
+        section.compact_every = 128
+        section.epochs = 2  # as the paper's RL
+        section.batch = 64 if gta else 128
+        section.micro_batches = section.batch // 8  # one row a device of eight
 
 
 def round_up(*tokens: int) -> tuple[int, ...]:

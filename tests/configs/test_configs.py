@@ -7,7 +7,15 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs import nano, nano_base
-from configs.methods import DAPO, METHODS, POLICY_ROLLOUT, parse_method
+from configs.methods import (
+    COT_QUESTIONS,
+    DAPO,
+    METHODS,
+    POLICY_ROLLOUT,
+    TITLES,
+    parse_method,
+    rl_rollouts,
+)
 from data_pipelines.build import make_settings
 from trimpi_jax.grading.answers import RewardWeights
 from trimpi_jax.objectives import grpo
@@ -15,7 +23,7 @@ from trimpi_jax.rollouts.choosing import SamplerSettings
 from trimpi_jax.stages.run_settings import optimizer_settings, rl_objective
 from trimpi_jax.stages.train_state import TRAINABLE
 
-STAGES = ("vm_cpt", "direct_sft", "cot_sft", "rl")
+STAGES = ("vm_cpt", "direct_sft", "cot_sft", "rl", "distillation")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -36,7 +44,8 @@ def test_every_method_builds_its_config(method):
 def test_the_rl_section_is_what_its_parts_take(method):
     config = nano.get_config(f"method={method}")
     section = config.rl
-    assert section.policy_rollout == (method in POLICY_ROLLOUT)
+    assert section.policy_rollout == (method in POLICY_ROLLOUT) == ("poro" in method)
+    assert (section.data == "cot") == (method in COT_QUESTIONS)
     assert rl_objective(config) == (grpo.dapo() if method in DAPO else grpo.grpo())
     assert ("kl_beta" in section) == (method not in DAPO)
     assert ("max_attempts" in section) == (method in DAPO)
@@ -45,6 +54,27 @@ def test_the_rl_section_is_what_its_parts_take(method):
     assert weights == RewardWeights()
     SamplerSettings(section.group_size, 1, section.temperature, section.top_k, section.top_p)
     assert section.prompts % section.update_prompts == 0
+
+
+def test_every_method_has_a_title_of_its_own():
+    assert list(TITLES) == list(METHODS)
+    assert len(set(TITLES.values())) == len(TITLES)
+
+
+def test_rows_without_cot_sft():
+    """What readers of the paper asked for: is the supervised stage needed?"""
+    without = {m: stages for m, stages in METHODS.items() if stages and "cot_sft" not in stages}
+    assert {stages for stages in without.values() if "rl" in stages} == {("rl",), ("vm_cpt", "rl")}
+    for stages in (("rl",), ("vm_cpt", "rl")):
+        rows = {method for method, found in without.items() if found == stages}
+        assert len(rows) == 2 and len(rows & POLICY_ROLLOUT) == 1
+
+
+def test_distillation_samples_as_much_as_rl():
+    for method in ("distillation", "trimpi_distillation"):
+        section = nano.get_config(f"method={method}").distillation
+        assert section.rollouts == rl_rollouts(nano.get_config().rl) == 100 * 8 * 16
+        assert section.rollouts % section.samples == 0
 
 
 def test_a_method_without_rl_has_no_rl_section():

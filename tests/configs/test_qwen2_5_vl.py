@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from configs import qwen2_5_vl
-from configs.methods import METHODS
+from configs.methods import METHODS, rl_rollouts
 from data_pipelines.build import DATASETS, make_settings
 from trimpi_jax.stages.model_files import open_base
 from trimpi_jax.stages.run_settings import optimizer_settings
@@ -77,6 +77,14 @@ def test_every_method_has_the_papers_numbers(method, task):
             (0.28, 0.0) if "dapo" in method else (0.3, 0.01)
         )
         assert section.prompts % section.update_prompts == 0
+
+
+@pytest.mark.parametrize("task", ["clevr_t6", "gta"])
+def test_distillation_samples_as_much_as_rl(task):
+    config = qwen2_5_vl.get_config(f"task={task},method=trimpi_distillation")
+    rl = qwen2_5_vl.get_config(f"task={task}").rl
+    assert config.distillation.rollouts == rl_rollouts(rl)
+    assert config.distillation.samples == 2 * rl.group_size
 
 
 def test_the_defaults():

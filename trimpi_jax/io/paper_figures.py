@@ -34,6 +34,7 @@ FIGURES: dict[tuple[str, str, int], dict[str, dict[str, float]]] = {
         "cot_sft": {"3B": 19.00, "7B": 17.80},
         "vm_cpt_cot_sft": {"7B": 22.75},
         "cot_sft_grpo": {"3B": 31.55, "7B": 47.05},
+        "cot_sft_grpo_on_cot": {"7B": 34.10},
         "cot_sft_dapo": {"7B": 67.60},
         "trimpi_grpo": {"7B": 55.90},
         "trimpi_poro_grpo": {"3B": 46.65, "7B": 65.85},
@@ -85,4 +86,5 @@ def method_of(stages: tuple[str, ...], rl: dict[str, Any]) -> str:
         return name
     if rl.get("policy_rollout"):
         name += "_poro"
-    return f"{name}_{rl.get('objective', 'grpo')}"
+    name += f"_{rl.get('objective', 'grpo')}"
+    return f"{name}_on_cot" if rl.get("data") == "cot" else name

@@ -24,6 +24,7 @@ LABELS = {
     "vm_cpt": "+VM-CPT",
     "cot_sft": "+CoT SFT",
     "direct_sft": "+Direct SFT",
+    "distillation": "+Distillation",
 }
 EVALUATION, METRICS = "evaluation.json", "metrics.jsonl"
 # key in evaluation.json, words, the suite that asks the same
@@ -157,7 +158,9 @@ def stage_label(folder: Path, rl: dict[str, Any]) -> str:
     name = folder.name.partition("_")[2]
     if name == "rl":
         objective = str(rl.get("objective", "grpo")).upper()
-        return f"+PoRo-{objective}" if rl.get("policy_rollout") else f"+{objective}"
+        poro = "PoRo-" if rl.get("policy_rollout") else ""
+        questions = ", CoT questions only" if rl.get("data") == "cot" else ""
+        return f"+{poro}{objective}{questions}"
     return LABELS.get(name, name)
 
 

@@ -75,6 +75,7 @@ from trimpi_jax.stages.run_settings import (
     execution,
     optimizer_settings,
     prompt_sizes,
+    question_split,
     rl_objective,
     rl_settings,
     step_settings,
@@ -254,7 +255,7 @@ def run_rl(this: Run, params: Any, folder: Path) -> Any:
     reference = None
     if objective.kl_beta:
         reference = _copy_reference(split_params(params, settings.trainable)[0], this.config.dtype)
-    stream = open_stream(this, "train", settings.prompts, "rl")
+    stream = open_stream(this, question_split(this.config, "rl"), settings.prompts, "rl")
     assert this.engine is not None
     step = RLStep(
         this.engine,

@@ -84,6 +84,20 @@ def rl_settings(config: ConfigDict) -> RLSettings:
     )
 
 
+QUESTIONS = {"all": "train", "cot": "cot"}  # config -> split; the first holds the second's, too
+
+
+def question_split(config: ConfigDict, stage: str) -> str:
+    """The split whose questions a stage samples answers to.
+
+    Raises:
+        ValueError: `data` of the stage's section is neither.
+    """
+    if (data := config[stage].data) not in QUESTIONS:
+        raise ValueError(f"{stage}.data is one of {sorted(QUESTIONS)}, got '{data}'")
+    return QUESTIONS[data]
+
+
 def rl_objective(config: ConfigDict) -> ObjectiveSettings:
     """The objective of the `rl` section: "grpo" or "dapo", its constants from the config."""
     settings = config.rl

@@ -15,15 +15,15 @@ from data_pipelines.example import Example
 from trimpi_jax.inputs.encode import EncodedRow, encode_example
 from trimpi_jax.models.processor import Processor
 
-SPLITS = {"direct_sft": "train", "cot_sft": "cot"}
+SPLITS = {"direct_sft": "train", "cot_sft": "cot", "distillation": "cot"}
 
 
 def encode_sft_row(example: Example, processor: Processor, *, stage: str) -> EncodedRow:
-    """The training row of an Example for `direct_sft` or `cot_sft`."""
+    """The training row of an Example for `direct_sft`, or with its thought for the others."""
     return encode_example(
         example,
         processor,
         policy_in_prompt=False,
-        with_cot=stage == "cot_sft",
+        with_cot=stage != "direct_sft",
         loss_on="completion",
     )
