@@ -18,7 +18,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,11 +194,13 @@ def read_split(folder: str | Path, split: str, limit: int | None = None) -> Sequ
     return [decode_record(source[i]) for i in range(count)]
 
 
-def iter_split(folder: str | Path, split: str) -> Iterator[Example]:
-    """The Examples of a split in file order, one in memory at a time."""
+def iter_split(
+    folder: str | Path, split: str, places: Iterable[int] | None = None
+) -> Iterator[Example]:
+    """The Examples of a split, or those at some places, one in memory at a time."""
     if files := split_files(folder, split):
         source = grain.sources.ArrayRecordDataSource(files)
-        for i in range(len(source)):
+        for i in range(len(source)) if places is None else places:
             yield decode_record(source[i])
 
 

@@ -77,7 +77,9 @@ def reward_completions(
     return Rewarded(grades, rewards, failures)
 
 
-def check_failures(failures: Sequence[Failure], count: int, max_share: float) -> None:
+def check_failures(
+    failures: Sequence[Failure], count: int, max_share: float, stage: str = "rl"
+) -> None:
     """Raise when more than `max_share` of `count` completions could not be graded.
 
     Raises:
@@ -87,5 +89,6 @@ def check_failures(failures: Sequence[Failure], count: int, max_share: float) ->
         reasons = "\n  ".join(f"{one.example_id}: {one.why}" for one in failures[:4])
         raise RuntimeError(
             f"{len(failures)} of {count} completions could not be graded, more than the share of"
-            f" {max_share} that is allowed (--config.rl.max_failed_grades). The first:\n  {reasons}"
+            f" {max_share} that is allowed (--config.{stage}.max_failed_grades). The first:\n "
+            f" {reasons}"
         )

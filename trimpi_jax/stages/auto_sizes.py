@@ -80,6 +80,8 @@ def choose_sizes(
             rows += [(s.aware or s.free).tokens + s.completion_tokens for s in splits["cot"]]
         elif stage == "cot_sft":
             rows += [s.free.tokens + s.completion_tokens for s in splits["cot"]]
+        elif stage == "distillation":
+            rows += [s.free.tokens + new_tokens for s in splits["train"]]
         elif stage == "direct_sft":
             rows += [s.free.tokens + s.completion_tokens for s in splits["train"]]
     return {
@@ -100,7 +102,11 @@ def describe_sizes(config: ConfigDict) -> str:
 
 
 def _check_splits(config: ConfigDict, splits: dict[str, list[ExampleSize]]) -> None:
-    needs_cot = [stage for stage in config.stages if stage in ("vm_cpt", "cot_sft")]
+    needs_cot = [
+        stage
+        for stage in config.stages
+        if stage in ("vm_cpt", "cot_sft") or config[stage].get("data") == "cot"
+    ]
     if needs_cot and not splits.get("cot"):
         raise ValueError(
             f"the stages {needs_cot} train on examples with a chain of thought, and none has one;"

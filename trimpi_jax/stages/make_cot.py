@@ -25,14 +25,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 
 from data_pipelines.building import write_dataset
 from data_pipelines.dataset_card import CARD
-from data_pipelines.example import Example, decode_record
-from data_pipelines.shards import MANIFEST, check_dataset, split_files
-from trimpi_jax.grading.answers import find_boxes
+from data_pipelines.example import Example
+from data_pipelines.shards import MANIFEST, check_dataset
+from data_pipelines.streaming import iter_split
+from trimpi_jax.grading.answers import Grade, find_boxes
 from trimpi_jax.grading.grader import grade_completions
 from trimpi_jax.inputs.encode import encode_prompt
 from trimpi_jax.io.chat_endpoint import Endpoint, Reply, ask, make_conversation, open_client
@@ -61,6 +61,7 @@ _TELLS = re.compile(  # a thought that leans on the hint instead of the policy
     r"|\b(?:I|we) (?:was|were|am|are) told\b",
     re.IGNORECASE,
 )
+ACCEPTED = "accepted"
 _THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 ONLY_FOR = {"actor": ("rows", "dtype"), "endpoint": ("concurrency", "timeout_s")}
 
@@ -152,7 +153,7 @@ def run(settings: CotSettings, progress: Progress | None = None) -> dict[str, An
             f"none of {len(chosen)} examples got a chain of thought that ends right"
             f" ({facts['rejected']}); nothing was written. The replies are in {journal.path}"
         )
-    splits = {name: _iter_split(settings.data, name) for name in manifest["splits"]}
+    splits = {name: iter_split(settings.data, name) for name in manifest["splits"]}
     splits["cot"] = _with_thoughts(settings, chosen, journal.accepted)
     recipe = manifest["recipe"] | {"cot": facts}
     write_dataset(out, splits, recipe, licence=_licence(settings.data))
@@ -180,14 +181,14 @@ def choose_examples(settings: CotSettings, manifest: Mapping[str, Any]) -> list[
     if not splits.get("train", {"count": 0})["count"]:
         raise ValueError(f"{settings.data} has no split 'train' to think about")
     of_policy: dict[str, list[int]] = {}
-    for i, example in enumerate(_iter_split(settings.data, "train")):
+    for i, example in enumerate(iter_split(settings.data, "train")):
         of_policy.setdefault(example.policy_name, []).append(i)
     places = [
         queue[turn] for turn in range(wanted) for queue in of_policy.values() if turn < len(queue)
     ][:wanted]
     if len(places) < wanted:
         raise ValueError(f"{settings.data} has {len(places)} training examples, not {wanted}")
-    chosen = list(_iter_split(settings.data, "train", sorted(places)))
+    chosen = list(iter_split(settings.data, "train", sorted(places)))
     without = [example.example_id for example in chosen if not example.policy_text]
     if without:
         raise ValueError(f"{len(without)} examples have no policy to reason from, as {without[0]}")
@@ -216,7 +217,8 @@ def collect(
             asked = [_as_asked(settings, example) for example in waiting]
             for number, (place, reply) in enumerate(generate(asked, attempt)):
                 cot, reason = judge(settings, waiting[place], reply)
-                journal.note(waiting[place].example_id, attempt, reason, cot, reply.text)
+                kept = {"cot": cot} if reason == ACCEPTED else {"text": reply.text}
+                journal.note(waiting[place].example_id, attempt, reason, **kept)
                 problems += [reply.problem] if reply.problem else []
                 bar(spent + number + 1, {})
             if waiting and len(problems) == len(waiting):
@@ -228,36 +230,38 @@ def collect(
 
 
 def judge(settings: CotSettings, example: Example, reply: Reply) -> tuple[str, str]:
-    """(chain of thought, "accepted"), or ("", why not).
-
-    Unlike the format reward, words between thought and box do not matter: only the thought is kept.
-    """
+    """(chain of thought, "accepted"), or ("", why not)."""
     if reply.problem:
         return "", reply.problem
     grade = grade_completions([reply.text], [example], [reply.stopped])[0]
-    if not reply.stopped:
+    thought, reason = find_thought(reply.text, reply.stopped, grade, settings.min_accuracy)
+    if thought and settings.mode == "reverse" and _TELLS.search(thought):
+        return "", "tells_the_hint"
+    return thought, reason
+
+
+def find_thought(text: str, stopped: bool, grade: Grade, min_accuracy: float) -> tuple[str, str]:
+    """(chain of thought, "accepted") of a right completion, or ("", why it is not kept).
+
+    Unlike the format reward, words between thought and box do not matter: only the thought is kept.
+    """
+    if not stopped:
         return "", "cut_off"
-    if grade.accuracy < settings.min_accuracy:
+    if grade.accuracy < min_accuracy:
         return "", "wrong_answer" if grade.parsed is not None else "no_box"
-    thoughts = _THOUGHT.findall(reply.text)
-    if len(thoughts) != 1 or reply.text.count("<think>") != 1 or not thoughts[0].strip():
+    thoughts = _THOUGHT.findall(text)
+    if len(thoughts) != 1 or text.count("<think>") != 1 or not thoughts[0].strip():
         return "", "no_think" if len(thoughts) < 2 else "repeated_think"
     thought = thoughts[0].strip()
-    if find_boxes(thought):
-        return "", "box_in_thought"
-    if settings.mode == "reverse" and _TELLS.search(thought):
-        return "", "tells_the_hint"
-    return thought, "accepted"
+    return ("", "box_in_thought") if find_boxes(thought) else (thought, ACCEPTED)
 
 
 def summarize(
     settings: CotSettings, chosen: Sequence[Example], entries: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Counts and acceptance rates, JSON-able; `by_policy` is [accepted, asked]."""
-    accepted = {entry["id"] for entry in entries if entry["reason"] == "accepted"}
-    rejected = collections.Counter(
-        entry["reason"] for entry in entries if entry["reason"] != "accepted"
-    )
+    accepted = {entry["id"] for entry in entries if entry["reason"] == ACCEPTED}
+    rejected = count_rejected(entries)
     by_policy: dict[str, list[int]] = {}
     for example in chosen:
         counts = by_policy.setdefault(example.policy_name, [0, 0])
@@ -274,9 +278,16 @@ def summarize(
         "acceptance_rate": len(accepted) / len(chosen),
         "attempts_made": len(entries),
         "acceptance_rate_of_replies": len(accepted) / max(len(entries), 1),
-        "rejected": dict(sorted(rejected.items())),
+        "rejected": rejected,
         "by_policy": by_policy,
     }
+
+
+def count_rejected(entries: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Why replies were not kept: reason -> count."""
+    reasons = collections.Counter(entry["reason"] for entry in entries)
+    del reasons[ACCEPTED]
+    return dict(sorted(reasons.items()))
 
 
 def make_endpoint(settings: CotSettings) -> Generate:
@@ -370,18 +381,21 @@ class Journal:
         """Whether this attempt was made."""
         return (example_id, attempt) in self._asked
 
-    def note(self, example_id: str, attempt: int, reason: str, cot: str, text: str) -> None:
-        """Add a verdict; rejected replies keep their text for a look at what went wrong."""
-        entry = {"id": example_id, "attempt": attempt, "reason": reason}
-        entry |= {"cot": cot} if reason == "accepted" else {"text": text}
+    def note(self, example_id: str, attempt: int, reason: str, **kept: Any) -> None:
+        """Add a verdict, and what is kept of the reply.
+
+        A `text`, for a look at what went wrong with a rejected reply, stays in the file only.
+        """
+        entry = {"id": example_id, "attempt": attempt, "reason": reason} | kept
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
         self._keep(entry)
 
     def _keep(self, entry: dict[str, Any]) -> None:
+        entry = {name: value for name, value in entry.items() if name != "text"}
         self.entries.append(entry)
         self._asked.add((entry["id"], entry["attempt"]))
-        if entry["reason"] == "accepted":
+        if entry["reason"] == ACCEPTED:
             self.accepted[entry["id"]] = entry
 
     def _read(self, identity: Mapping[str, Any]) -> None:
@@ -389,7 +403,7 @@ class Journal:
         if not lines or _parse(lines[0]) != json.loads(json.dumps(identity)):
             raise ValueError(
                 f"{self.path} holds replies to other questions (another dataset, generator or"
-                " other settings); delete it or choose another --out"
+                " other settings); delete it, or write to another folder"
             )
         whole = [line for line in lines[1:] if line.endswith("\n") and _parse(line)]
         for line in whole:
@@ -438,11 +452,3 @@ def _licence(folder: str) -> str:
     """What the card of a dataset says about its licence."""
     card = (Path(folder) / CARD).read_text() if (Path(folder) / CARD).is_file() else ""
     return card.partition("## Licence\n\n")[2].partition("\n\n")[0]
-
-
-def _iter_split(folder: str, split: str, places: Sequence[int] | None = None) -> Iterator[Example]:
-    """The Examples of a split, or those at some places, read one at a time."""
-    files = split_files(folder, split)
-    source = grain.sources.ArrayRecordDataSource(files) if files else ()
-    for i in range(len(source)) if places is None else places:
-        yield decode_record(source[i])

@@ -46,7 +46,7 @@ def measure_padding(
     if "vm_cpt" in config.stages:
         rows = [encode_vm_cpt_row(one, processor) for one in cot]
         yield "vm_cpt rows", describe(rows, config.row_buckets, windows)
-    if "cot_sft" in config.stages or "rl" in config.stages:
+    if {"cot_sft", "rl", "distillation"} & set(config.stages):
         rows = [encode_sft_row(one, processor, stage="cot_sft") for one in cot]
         yield "prompt and completion", describe(rows, config.row_buckets, windows)
 

@@ -59,6 +59,7 @@ from trimpi_jax.rollouts.engine import Engine, make_engine
 from trimpi_jax.sharding import make_mesh, place_batch
 from trimpi_jax.stages import loop
 from trimpi_jax.stages.auto_sizes import describe_sizes, fill_auto_sizes
+from trimpi_jax.stages.distillation import distil
 from trimpi_jax.stages.evaluate_model import run_suites
 from trimpi_jax.stages.model_files import (
     base_of_stage,
@@ -72,6 +73,8 @@ from trimpi_jax.stages.nano_base import run_nano_base
 from trimpi_jax.stages.result_files import folder_digest, make_identity, write_json
 from trimpi_jax.stages.rl import RLStep
 from trimpi_jax.stages.run_settings import (
+    check_sampling,
+    distillation_settings,
     execution,
     optimizer_settings,
     prompt_sizes,
@@ -134,6 +137,8 @@ def run(config: ConfigDict, workdir: Path, progress: Progress | None = None) -> 
     model, processor = open_base(config)  # what is wrong with it is told before anything is written
     model = execution(model, config, jax.default_backend())
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    if isinstance(config.max_new_tokens, int):
+        check_sampling(config)
     claim_workdir(config, workdir)
     with lock_workdir(workdir, progress.say):
         internalize(config, workdir, progress, model, processor, mesh)
@@ -157,6 +162,7 @@ def internalize(
     )
     if filled is not config:
         config = filled
+        check_sampling(config)
         progress.say(f"sizes from the data: {describe_sizes(config)}")
     this = Run(config, workdir, progress, processor, model, mesh)
     with jax.set_mesh(mesh):
@@ -189,14 +195,33 @@ def run_stage(this: Run, params: Any, stage: str, folder: Path) -> Any:
     """Train one stage from `params`; returns plain parameters (LoRA merged)."""
     if stage == "rl":
         return run_rl(this, params, folder)
-    return run_supervised(this, params, stage, folder)
+    if stage == "distillation":
+        return run_distillation(this, params, folder)
+    return run_supervised(this, params, stage, folder, this.workdir / "data")
 
 
-def run_supervised(this: Run, params: Any, stage: str, folder: Path) -> Any:
-    """VM-CPT, Direct SFT or CoT SFT."""
+def run_distillation(this: Run, params: Any, folder: Path) -> Any:
+    """Answers of the actor that reads the policy, then SFT on the right ones."""
+    assert this.engine is not None
+    actor = base_of_stage(this.workdir, this.config, int(folder.name.split("_")[0]))
+    about = make_identity(this.config, this.workdir / "data")
+    about = {"actor_sha256": folder_digest(actor), "data_sha256": about["data_sha256"]}
+    answers = distil(
+        this.engine,
+        params,
+        (this.workdir / "data", question_split(this.config, "distillation")),
+        folder,
+        distillation_settings(this.config),
+        about,
+        this.progress,
+    )
+    return run_supervised(this, params, "distillation", folder, answers)
+
+
+def run_supervised(this: Run, params: Any, stage: str, folder: Path, data: Path) -> Any:
+    """VM-CPT, Direct SFT, CoT SFT, or SFT on the answers of a distillation, whose `data` it is."""
     settings = this.config[stage]
     split = VM_CPT_SPLIT if stage == "vm_cpt" else SPLITS[stage]
-    data = this.workdir / "data"
     steps = max(1, round(settings.epochs * split_count(data, split) / settings.batch))
     model = this.model
     trainable = settings.trainable
@@ -231,7 +256,7 @@ def run_supervised(this: Run, params: Any, stage: str, folder: Path) -> Any:
         return merge_lora(state.params, model.text.lora_scale)
 
     encode = functools.partial(encode_training_row, processor=this.processor, stage=stage)
-    source = open_source(this, split, settings.batch, stage, encode)
+    source = open_source(this, split, settings.batch, stage, encode, data)
     state = loop.run(
         loop_settings(this, stage, folder, steps),
         state,
@@ -332,15 +357,16 @@ def open_stream(
     batch: int,
     stage: str,
     each: Callable[[Example], Any] | None = None,
+    data: Path | None = None,
 ) -> Any:
     """The Grain stream of a stage; its seed is the run's and the stage's.
 
     Examples (or what `each` makes of them) are read ahead of the step by `config.data_workers`
-    processes, 0 = a thread.
+    processes, 0 = a thread. `data` None: the run's.
     """
     seed = this.config.seed * 1000 + sum(stage.encode())
     return make_stream(
-        this.workdir / "data",
+        data or this.workdir / "data",
         split,
         batch_examples=batch,
         seed=seed,
@@ -355,9 +381,10 @@ def open_source(
     batch: int,
     stage: str,
     each: Callable[[Example], Any] | None = None,
+    data: Path | None = None,
 ) -> loop.Source:
     """A stage's stream as the loop wants it."""
-    stream = open_stream(this, split, batch, stage, each)
+    stream = open_stream(this, split, batch, stage, each, data)
     return loop.Source(
         fetch=lambda step: next(stream),
         save_place=lambda: encode_state(stream),

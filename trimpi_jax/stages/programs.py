@@ -38,6 +38,7 @@ from trimpi_jax.rollouts.sampler import (
 from trimpi_jax.sharding import batch_sharding, gathered_shardings, state_shardings
 from trimpi_jax.stages.policy_update import Distribution, make_scorer, make_update
 from trimpi_jax.stages.run_settings import (
+    distillation_settings,
     optimizer_settings,
     rl_objective,
     rl_settings,
@@ -81,8 +82,10 @@ def run_programs(config: ConfigDict, model: VLMConfig, mesh: Mesh, vocabulary: i
     for stage in config.stages:
         if stage == "rl":
             yield from _rl_programs(config, model, mesh, vocabulary, params)
-        else:
-            yield from _supervised_programs(config, model, mesh, stage, params)
+            continue
+        if stage == "distillation":
+            yield from _answering_programs(config, model, mesh, vocabulary, params)
+        yield from _supervised_programs(config, model, mesh, stage, params)
 
 
 def place_weights(tree: Tree, model: VLMConfig, mesh: Mesh, *, adapters: bool = False) -> Tree:
@@ -238,6 +241,21 @@ def _rl_programs(config, model, mesh, vocabulary, params) -> Programs:
                 tokens=slots,
                 weight_reads=1.0 if name == "score" else _training_reads(config, settings),
             )
+
+
+def _answering_programs(config, model, mesh, vocabulary, params) -> Programs:
+    """What distillation samples with, before it trains."""
+    settings = distillation_settings(config)
+    held = {"weights": params}
+    weights = yield from _sync_program("distillation", model, mesh, params, settings.dtype, held)
+    rows, held = settings.sample_prompts, held | {"decode weights": weights}
+    yield from _image_program(
+        "distillation/images", config, model, mesh, params, rows, settings.dtype, held
+    )
+    yield from _sampling_programs(
+        "distillation/aware", config, model, mesh, vocabulary, params, weights, settings.sampler,
+        rows, _chunks([0] * rows, rows, mesh), held,
+    )  # fmt: skip
 
 
 def _evaluation_programs(config, model, mesh, vocabulary, params) -> Programs:

@@ -20,6 +20,7 @@ from trimpi_jax.models.config import VLMConfig
 from trimpi_jax.objectives.grpo import ObjectiveSettings
 from trimpi_jax.ops.kernels import choose_implementation
 from trimpi_jax.rollouts.groups import PromptSizes
+from trimpi_jax.stages.distillation import DistillationSettings
 from trimpi_jax.stages.rl_settings import RLSettings, completion_buckets
 from trimpi_jax.stages.supervised import StepSettings
 from trimpi_jax.stages.train_state import (
@@ -96,6 +97,32 @@ def question_split(config: ConfigDict, stage: str) -> str:
     if (data := config[stage].data) not in QUESTIONS:
         raise ValueError(f"{stage}.data is one of {sorted(QUESTIONS)}, got '{data}'")
     return QUESTIONS[data]
+
+
+def distillation_settings(config: ConfigDict) -> DistillationSettings:
+    """What the `distillation` stage samples and keeps."""
+    section = config.distillation
+    names = {field.name for field in dataclasses.fields(DistillationSettings)}
+    options = {name: section[name] for name in names if name in section}
+    return DistillationSettings(
+        max_new_tokens=config.max_new_tokens, seed=config.seed, dtype=config.dtype, **options
+    )
+
+
+def check_sampling(config: ConfigDict) -> None:
+    """Look at the stages that sample, before any stage has begun.
+
+    Raises:
+        ValueError: an option that they would not take.
+    """
+    for stage in ("rl", "distillation"):
+        if stage in config.stages:
+            question_split(config, stage)
+    if "rl" in config.stages:
+        rl_settings(config)
+        rl_objective(config)
+    if "distillation" in config.stages:
+        distillation_settings(config)
 
 
 def rl_objective(config: ConfigDict) -> ObjectiveSettings:
