@@ -171,7 +171,7 @@ def make_distillation() -> ConfigDict:
     section.top_p = 1.0
     section.compact_every = 0  # decode steps between compactions of finished rows; 0 = never
     section.min_accuracy = 1.0  # lowest accuracy that is kept; below 1 for graded scores only
-    section.kept_per_question = 4  # most different right answers to a question; 0 = all
+    section.kept_per_question = 4  # most right answers to a question; 0 = all
     section.max_failed_grades = 0.05  # share of completions whose grading may fail
     section.epochs = 4  # at most as many rows as an RL row trains on: 4 x 4 of 16 samples
     section.batch = 8

@@ -9,11 +9,11 @@ r"""Distillation: the actor that reads the policy answers, and SFT imitates wher
 The rival of PolicyRollout at an equal number of completions: the same samples of the same prompt,
 imitated instead of compared. The actor that answers stays the one that the stage began with.
 
-Equal answers to one question are kept once. What was asked, dropped (and why) and kept stands in
-the manifest of `data/`; every verdict, with the text of what was dropped, in `answers.jsonl`, which
-is also what a killed run goes on from.
+What was asked, dropped (and why) and kept stands in the manifest of `data/`; every verdict, with
+the text of what was dropped, in `answers.jsonl`, which is also what a killed run goes on from.
 
-Source: asked for by readers of the paper; rejection sampling as in arXiv:2308.01825.
+Source: a row that the paper lacks; distilling context, arXiv:2209.15189; filtering by the answer,
+arXiv:2308.01825.
 Next: trimpi_jax/stages/sft.py
 """
 
@@ -64,7 +64,7 @@ class DistillationSettings:
     top_p: float = 1.0
     compact_every: int = 0
     min_accuracy: float = 1.0
-    kept_per_question: int = 0  # most different right answers to a question; 0 = all
+    kept_per_question: int = 0  # most right answers to a question; 0 = all
     max_failed_grades: float = 0.05
 
     def __post_init__(self):
@@ -155,7 +155,8 @@ def distil(
             f"none of {facts['rollouts']} answers to {facts['questions']} questions was right"
             f" ({facts['rejected']}): there is nothing to imitate. The texts are in {journal.path}"
         )
-    facts |= {"kept": len(kept), "kept_share": len(kept) / max(facts["rollouts"], 1)}
+    different = len({(entry["id"], entry["cot"], entry["answer"]) for entry in kept})
+    facts |= {"kept": len(kept), "kept_different": different}
     manifest = read_manifest(questions[0])["recipe"]
     recipe = {"dataset": "distillation", "questions": manifest, "distillation": facts}
     write_dataset(out, {SPLIT: _with_answers(questions, kept)}, recipe)
@@ -241,17 +242,17 @@ def answer_questions(
 
 
 def choose_kept(entries: Sequence[Mapping[str, Any]], per_question: int) -> list[Mapping[str, Any]]:
-    """The first different right answers to each question, at most `per_question` (0 = all)."""
-    seen: dict[str, set[tuple[str, str]]] = collections.defaultdict(set)
+    """The first right answers to each question, at most `per_question` (0 = all).
+
+    Equal ones among them stay: how often the actor says something is what is imitated.
+    """
+    taken: collections.Counter[str] = collections.Counter()
     kept = []
     for entry in sorted(entries, key=lambda entry: (entry["id"], entry["attempt"])):
-        said = (entry.get("cot", ""), entry.get("answer", ""))
-        known = seen[entry["id"]]
-        full = per_question and len(known) == per_question
-        if entry["reason"] != ACCEPTED or said in known or full:
-            continue
-        known.add(said)
-        kept.append(entry)
+        full = per_question and taken[entry["id"]] == per_question
+        if entry["reason"] == ACCEPTED and not full:
+            taken[entry["id"]] += 1
+            kept.append(entry)
     return kept
 
 
@@ -274,9 +275,9 @@ def describe(facts: Mapping[str, Any]) -> str:
     """The counts in words."""
     return (
         f"{facts['rollouts']} answers to {facts['questions']} questions,"
-        f" {facts['right']} right ({100 * facts['right_share']:.1f} %),"
-        f" {facts['kept']} different ones of {facts['questions_answered']} questions kept;"
-        f" dropped: {facts['rejected'] or 'none'}"
+        f" {facts['right']} right ({100 * facts['right_share']:.1f} %), of"
+        f" {facts['questions_answered']} questions; {facts['kept']} kept, {facts['kept_different']}"
+        f" of them different; dropped: {facts['rejected'] or 'none'}"
     )
 
 
