@@ -1,7 +1,8 @@
 """What rubber and metal send back to the eye.
 
-Rubber: its colour times the white matte light, and a weak gloss. Metal: two glossy lobes, tinted;
-the sharp one mirrors the neighbours and the ground, the broad one gathers what is around.
+Rubber: its colour and a weak sheen times the white matte light, and a weak gloss. Metal: two glossy
+lobes, tinted; the sharp one mirrors the neighbours and the ground, the broad one gathers what is
+around.
 
 Source: facebookresearch/clevr-dataset-gen f0ce2c8, materials `Rubber` and `MyMetal`; GGX from
 Walter et al. 2007.
@@ -29,6 +30,8 @@ from data_pipelines.clevr.lighting import (
     HALF_SIZE,
     LIGHT_RGB,
     SKY,
+    WALL,
+    diffuse_light,
     lamp_light,
     openness_of,
 )
@@ -40,8 +43,11 @@ RGB = {
     "yellow": (255, 238, 51),
 }  # fmt: skip
 
-RUBBER_ALPHA, RUBBER_GLOSS = 0.35, 0.03  # ours, for Rubber's weak Fresnel gloss
-METAL_ALPHA = (0.1, 0.3)  # ours, for MyMetal's two glossy lobes of roughness 0.1 and 0.45
+RUBBER_ALPHA, RUBBER_GLOSS = 0.4, 0.02  # ours, for Rubber's weak Fresnel gloss
+RUBBER_SHEEN = 0.02  # ours, for Rubber's sheen: a white share of its albedo
+RUBBER_WRAP = 0.1  # ours, for Rubber's rough diffuse: light that reaches round the edge
+RUBBER_SHARE = 0.88  # ours, fitted: what Rubber sends back of its colour
+METAL_ALPHA = (0.045, 0.2)  # ours, for MyMetal's two glossy lobes of roughness 0.1 and 0.45
 METAL_SHARP = 0.6  # MyMetal: share of the first lobe
 
 
@@ -79,9 +85,20 @@ def _surroundings(packed, point, direction):
     )
     floor_light = [GROUND_ALBEDO * (t + AMBIENT) * near for t in total]
     behind = BEHIND[0] * direction[0] + BEHIND[1] * direction[1]
-    wall = SKY * (1.0 + jnp.maximum(behind, 0.0)) * jnp.clip(1.3 - direction[2], 0.0, 1.0)
+    behind = jnp.maximum(behind, 0.0)
+    wall = SKY + WALL * behind * behind * jnp.clip(1.2 - direction[2], 0.0, 1.0)
     blend = jnp.clip(0.5 - direction[2] / 0.2, 0.0, 1.0)
     return [wall + blend * (f - wall) for f in floor_light]
+
+
+def rubber_light(packed, solid, point, normal, view, lit, openness):
+    """Its colour under a soft matte light, a white sheen and a weak gloss, three [S]."""
+    white = diffuse_light(packed, point, normal, lit, openness, RUBBER_WRAP)
+    gloss = gloss_light(packed, point, normal, view, lit, RUBBER_ALPHA)
+    return [
+        RUBBER_SHARE * (solid[f"color{i}"] + RUBBER_SHEEN) * w + RUBBER_GLOSS * g
+        for i, (w, g) in enumerate(zip(white, gloss, strict=True))
+    ]
 
 
 def metal_light(packed, solid, point, normal, view, lit, found):
@@ -100,7 +117,9 @@ def metal_light(packed, solid, point, normal, view, lit, found):
         amount = strength * jnp.maximum(dot(its_normal, toward), 0.0)
         its_light = [t + LIGHT_RGB[index][i] * amount for i, t in enumerate(its_light)]
     seen = [jnp.where(hit, neighbour[f"color{i}"] * its_light[i], seen[i]) for i in range(3)]
-    blurred = [0.5 * s + 0.5 * 0.2 * jnp.clip(0.6 - mirror[2], 0.1, 1.0) for s in seen]
+    # the broad lobe also finds ground well beside the mirror ray
+    low = 0.2 * jnp.clip(0.4 - mirror[2], 0.0, 1.0)
+    blurred = [0.5 * s + 0.5 * low for s in seen]
     sharp_gloss = gloss_light(packed, point, normal, view, lit, METAL_ALPHA[0])
     broad_gloss = gloss_light(packed, point, normal, view, lit, METAL_ALPHA[1])
     color = []

@@ -1,10 +1,12 @@
 """Ray-trace CLEVR scenes in JAX: scenes in, uint8 pictures [N, Y, X, 3] out.
 
-A picture is made in three steps, two of them jitted:
+A picture is made in four steps, three of them jitted:
 
     host    which TILE x TILE px tiles can show an object at all (projected hulls)
     tiles   those tiles only: nearest solid, normal, light, shadow, mirror -> premultiplied RGBA
-    ground  every pixel: backdrop with soft shadows, the tiles laid over it, sRGB
+    edges   in wide pictures, tiles with an object's edge: the ground at every pixel, so that a
+            shadow meets its object without stairs
+    ground  the rest: backdrop with soft shadows, the tiles laid over it, sRGB
 
 Light is counted in linear units, colours of CLEVR go to the shader unconverted (as its generator
 does). No random number is used: the same scenes give the same bytes on one machine.
@@ -26,20 +28,18 @@ from data_pipelines.clevr import geometry, intersection
 from data_pipelines.clevr.culling import touched_tiles
 from data_pipelines.clevr.intersection import look_up, nearest_solid, round_off, unit
 from data_pipelines.clevr.lighting import (
-    GROUND_ALBEDO,
     LAMP_POSITION,
     SUN_DISTANCE,
     SUN_TRAVEL,
-    diffuse_light,
-    meet_backdrop,
+    ground_light,
     visibility,
 )
-from data_pipelines.clevr.materials import RGB, RUBBER_ALPHA, RUBBER_GLOSS, gloss_light, metal_light
+from data_pipelines.clevr.materials import RGB, metal_light, rubber_light
 from data_pipelines.clevr.scene import Scene, pack_solids
 
 TILE = 4  # px a side
 CHUNK = 256  # tiles a call
-COARSE_GROUND_PX = 160  # from this width on the ground is shaded at every second pixel
+COARSE_GROUND_PX = 160  # from this width on the ground is shaded at every second pixel, off edges
 SLOTS = (6, 10, 16, 32)  # object slots a scene is padded to
 
 
@@ -58,9 +58,11 @@ def render_scenes(
         part = scenes[first : first + batch]
         packed = _pack(part)
         cover = _cover(packed, width, height, supersample)
+        wide = width >= COARSE_GROUND_PX
+        fine = _fine_ground(packed, cover, width, height) if wide else [None] * len(part)
         for i in range(len(part)):
             one = {name: value[i] for name, value in packed.items()}
-            pictures[first + i] = _finish(one, cover[i], width=width, height=height)
+            pictures[first + i] = _finish(one, cover[i], fine[i], width=width, height=height)
     return pictures
 
 
@@ -113,9 +115,32 @@ def _cover(packed, width, height, supersample) -> np.ndarray:
 
     Y and X are rounded up to whole tiles.
     """
+    shade = partial(_shade_tiles, supersample=supersample)
+    tiles = touched_tiles(packed, width, height, TILE)
+    return _fill_tiles(packed, width, height, tiles, shade, channels=4, empty=0.0)
+
+
+def _fine_ground(packed, cover, width, height) -> np.ndarray:
+    """Ground at every pixel of the tiles with an object's edge: float32 [B, 3, Y, X], else -1.
+
+    Read off the coverage, not off the tiles that were shaded: culling cannot show in a picture.
+    """
+    seen = np.pad(cover[:, 3] > 0, ((0, 0), (1, 1), (1, 1)))
+    seen = seen[:, :-2] | seen[:, 1:-1] | seen[:, 2:]
+    seen = seen[:, :, :-2] | seen[:, :, 1:-1] | seen[:, :, 2:]
+    edge = seen & (cover[:, 3] < 1)
+    batch, rows, columns = edge.shape
+    edge = edge.reshape(batch, rows // TILE, TILE, columns // TILE, TILE).any(axis=(2, 4))
+    tiles = np.nonzero(edge)
+    return _fill_tiles(packed, width, height, tiles, _ground_tiles, channels=3, empty=-1.0)
+
+
+def _fill_tiles(packed, width, height, tiles, shade, *, channels, empty) -> np.ndarray:
+    """`shade` for (scene, tile row, tile column), CHUNK at a time: [B, channels, Y, X]."""
     rows, columns = -(-height // TILE), -(-width // TILE)
-    scene, row, column = touched_tiles(packed, width, height, TILE)
-    tiles = np.zeros((packed["camera"].shape[0], rows, columns, 4, TILE, TILE), np.float32)
+    scene, row, column = tiles
+    shape = (packed["camera"].shape[0], rows, columns, channels, TILE, TILE)
+    filled = np.full(shape, empty, np.float32)
     for first in range(0, len(scene), CHUNK):
         part = slice(first, first + CHUNK)
         number = len(scene[part])
@@ -126,14 +151,14 @@ def _cover(packed, width, height, supersample) -> np.ndarray:
             name: np.ascontiguousarray(np.moveaxis(value[which], 0, -1)[..., None, :])
             for name, value in packed.items()
         }
-        shaded = _shade_tiles(
+        shaded = shade(
             gathered, np.float32(x * TILE), np.float32(y * TILE),
-            np.float32(width), np.float32(height), supersample=supersample,
+            np.float32(width), np.float32(height),
         )  # fmt: skip
         shaded = np.moveaxis(np.asarray(shaded), 3, 0)
-        tiles[which[:number], y[:number], x[:number]] = shaded[:number]
-    # [B, tile row, tile column, 4, y, x] -> [B, 4, Y, X]
-    return tiles.transpose(0, 3, 1, 4, 2, 5).reshape(-1, 4, rows * TILE, columns * TILE)
+        filled[which[:number], y[:number], x[:number]] = shaded[:number]
+    # [B, tile row, tile column, channels, y, x] -> [B, channels, Y, X]
+    return filled.transpose(0, 3, 1, 4, 2, 5).reshape(-1, channels, rows * TILE, columns * TILE)
 
 
 @partial(jax.jit, static_argnames=("supersample",))
@@ -182,16 +207,24 @@ def _shade_tiles(packed, left, top, width, height, *, supersample):
     lit = [jnp.tile(v, (samples, 1)) for v in lit]
     openness = jnp.tile(openness, (samples, 1))
 
-    white = diffuse_light(packed, point, normal, lit, openness)
-    gloss = gloss_light(packed, point, normal, view, lit, RUBBER_ALPHA)
+    rubber = rubber_light(packed, solid, point, normal, view, lit, openness)
     metal = metal_light(packed, solid, point, normal, view, lit, found)
-    rgba = [
-        jnp.where(solid["metal"] > 0.5, m, solid[f"color{i}"] * w + RUBBER_GLOSS * g)
-        for i, (m, w, g) in enumerate(zip(metal, white, gloss, strict=True))
-    ]
-    rgba = jnp.stack([*(jnp.minimum(c, 1.0) for c in rgba), jnp.ones_like(depth)])
+    color = [jnp.where(solid["metal"] > 0.5, m, r) for m, r in zip(metal, rubber, strict=True)]
+    rgba = jnp.stack([*(jnp.minimum(c, 1.0) for c in color), jnp.ones_like(depth)])
     rgba = jnp.where(hit[None], rgba, 0.0).reshape(4, *by_sample).mean(axis=1)
     return rgba.reshape(4, TILE, TILE, tiles)
+
+
+@jax.jit
+def _ground_tiles(packed, left, top, width, height):
+    """The ground under tiles of K scenes, at pixel centres: float32 [3, TILE, TILE, K]."""
+    ticks = jnp.arange(TILE, dtype=jnp.float32) + 0.5
+    columns = jnp.tile(ticks, TILE)[:, None] + left[None]
+    rows = jnp.repeat(ticks, TILE)[:, None] + top[None]
+    direction = geometry.ray_directions(columns, rows, packed["axes"], width, height)
+    origin = tuple(packed["camera"][i] for i in range(3))
+    ground = jnp.stack(ground_light(packed, origin, direction))
+    return ground.reshape(3, TILE, TILE, -1)
 
 
 def _pixel_rays(packed, width, height, step=1):
@@ -203,16 +236,20 @@ def _pixel_rays(packed, width, height, step=1):
 
 
 @partial(jax.jit, static_argnames=("width", "height"))
-def _finish(packed, cover, *, width, height):
-    """One scene's ground under its tiles: float32 [4, Y, X] -> uint8 [Y, X, 3]."""
-    step = 2 if width >= COARSE_GROUND_PX else 1
+def _finish(packed, cover, fine, *, width, height):
+    """One scene's ground under its tiles: float32 [4, Y, X] -> uint8 [Y, X, 3].
+
+    `fine` is the ground where it is known at every pixel, float32 [3, Y, X], -1 elsewhere; None
+    shades it at every pixel.
+    """
+    step = 1 if fine is None else 2
     direction = _pixel_rays(packed, width, height, step)
     origin = tuple(packed["camera"][i] for i in range(3))
-    point, normal = meet_backdrop(origin, direction)
-    light = diffuse_light(packed, point, normal, *visibility(packed, point, normal))
-    ground = GROUND_ALBEDO * jnp.stack(light).reshape(3, -(-height // step), -(-width // step))
-    if step == 2:
-        ground = _double(_double(ground, 1), 2)[:, :height, :width]
+    ground = jnp.stack(ground_light(packed, origin, direction))
+    ground = ground.reshape(3, -(-height // step), -(-width // step))
+    if fine is not None:
+        fine = fine[:, :height, :width]
+        ground = jnp.where(fine < 0.0, _double(_double(ground, 1), 2)[:, :height, :width], fine)
     over = cover[:, :height, :width]
     linear = over[:3] + (1.0 - over[3:]) * ground
     return jnp.moveaxis(jnp.round(255.0 * _to_srgb(linear)).astype(jnp.uint8), 0, -1)

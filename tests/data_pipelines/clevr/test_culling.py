@@ -1,10 +1,11 @@
-"""Tiles that are left out show nothing; tiles around an object are mostly left out."""
+"""Tiles that are left out show nothing and change nothing; most tiles are left out."""
 
 import numpy as np
 import pytest
 
+from data_pipelines.clevr import renderer
 from data_pipelines.clevr.culling import touched_tiles
-from data_pipelines.clevr.renderer import render_masks
+from data_pipelines.clevr.renderer import render_masks, render_scenes
 from data_pipelines.clevr.sampling import sample_scenes
 from data_pipelines.clevr.scene import RADIUS, SHAPES, Scene, SceneObject, pack_solids
 
@@ -44,3 +45,16 @@ def test_few_tiles_are_kept_in_vain(shape):
 
 def test_an_empty_scene_keeps_no_tile():
     assert not touched([Scene("empty", ())], 64, 48).any()
+
+
+@pytest.mark.parametrize(("width", "height"), [(168, 112), (96, 64)])  # with and without fine edges
+def test_pictures_are_the_same_bytes_without_culling(width, height, monkeypatch):
+    scenes = sample_scenes(5, 0, 6, max_objects=6)
+    culled = render_scenes(scenes, width=width, height=height)
+
+    def every_tile(packed, width, height, tile):
+        shape = (len(packed["camera"]), -(-height // tile), -(-width // tile))
+        return np.nonzero(np.ones(shape, bool))
+
+    monkeypatch.setattr(renderer, "touched_tiles", every_tile)
+    np.testing.assert_array_equal(culled, render_scenes(scenes, width=width, height=height))

@@ -175,6 +175,19 @@ def test_an_object_darkens_the_ground_beside_it():
     assert (change < -30).sum() > 20
 
 
+def test_a_wide_picture_has_fine_ground_at_the_edges_of_objects(monkeypatch):
+    scene = make_scene(("cube", "gray", "large", "rubber", 0.0, 0.0))
+    (picture,) = render_scenes([scene], width=168, height=112)
+    monkeypatch.setattr(renderer, "COARSE_GROUND_PX", 1000)
+    (exact,) = render_scenes([scene], width=168, height=112)
+    (mask,) = render_masks([scene], width=168, height=112)
+    padded = np.pad(mask > 0, 1)
+    beside = padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
+    difference = np.abs(picture.astype(int) - exact).max(axis=-1)
+    assert difference[beside].max() <= 1
+    assert difference.max() > 1  # elsewhere the ground is interpolated
+
+
 def test_the_backdrop_is_gray_and_brighter_in_front():
     (picture,) = render_scenes([make_scene(light_jitter=DARK_LIGHT)], width=96, height=64)
     spread = picture.max(axis=-1).astype(int) - picture.min(axis=-1)
