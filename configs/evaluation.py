@@ -11,6 +11,10 @@ def make_eval(*, examples: int, rows: int, nano: int = 0, new_tokens: int = 1024
     section = ConfigDict({"examples": examples, "rows": rows})
     # evaluate in the middle of a stage, too; 0 = only before the first and after each
     section.every_steps = 0
+    # after each stage; of trimpi_jax.evaluate's suites, main and in_context always among them;
+    # override is left out where the data have no such split
+    section.suites = ("main", "in_context", "override")
+    section.split = "test"  # of the questions; "validation" to tune on
     section.forgetting = ConfigDict(
         {
             "mmlu_pro": "",  # JSONL, JSON or parquet; "" = not asked

@@ -52,6 +52,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
             "train_per_policy": 400,
             "cot_per_policy": 120,
             "test": 300,
+            "validation": 0,
             "override": 0,
             "cogent_b": 0,
             "more_objects": 0,
@@ -133,6 +134,7 @@ def make_rl(*, policy_rollout: bool, objective: str, data: str = "all") -> Confi
     section.objective = objective
     section.prompts = 8
     section.update_prompts = 8
+    section.max_rollouts = 0  # the stage ends when so many have been sampled; 0 = no limit
     section.sample_prompts = 0  # sampled at a time, what the KV cache has room for; 0 = all
     section.group_size = 8  # G; a joint group has 2G rollouts, without PoRo all 2G are free
     section.policy_rollout = policy_rollout

@@ -4,12 +4,13 @@ Splits
     train         images of every policy with query and answer, no chain of thought (Direct SFT, RL)
     cot           the first `cot_per_policy` of them with their chain of thought (VM-CPT, CoT SFT)
     test          unseen scenes, policy after policy in turn
+    validation    the same from other scenes, to tune on: neither trained on nor reported
     override      a fresh tree under each policy's name, to be put into the prompt
     cogent_b      test scenes with combinations of shape and colour that no other split has
     more_objects  test scenes of more objects than any other split's
     deeper        fresh policies two questions deeper, to be put into the prompt
 
-The last four exist when their size is not 0. `meta["policy_in_prompt"]` is true where an answer
+The last five exist when their size is not 0. `meta["policy_in_prompt"]` is true where an answer
 follows from a policy that no model was trained on; under `override`, `meta["trained_answer"]` is
 what the policy of the training set would answer.
 
@@ -61,9 +62,10 @@ RENDER_CHUNK = 64  # pictures in memory before they are Examples
 PART_EXAMPLES = 256  # scenes of one piece of a build, and Examples of a shard
 TOP_UP_SCENES = 2048  # further scenes searched for cases that a policy's test scenes lack
 TOP_UP_CHUNK = 256
-TOPPED_UP = ("test", "override")  # the harder splits keep the cases as they come
+TOPPED_UP = ("test", "validation", "override")  # the harder splits keep the cases as they come
 EXTRA_OBJECTS = 3  # `more_objects` scenes have 1..3 objects above max_objects
 EXTRA_DEPTH = 2  # of the `deeper` split
+MAYBE = ("validation", "override", "cogent_b", "more_objects", "deeper")  # when not 0
 VARIANTS = ("T", "M")
 CROPS = ("rendered", "cut")
 
@@ -82,6 +84,7 @@ class ClevrPolicySettings:
         train_per_policy: training images of each policy.
         cot_per_policy: how many of them come with a chain of thought, too.
         test: unseen test images, spread over the policies.
+        validation: images like the test's, to tune on; 0 = no such split.
         override: test images under a fresh tree of the same policy name; 0 = no such split.
         cogent_b: test images with combinations of shape and colour (CLEVR's CoGenT condition B)
             that all other splits then avoid (condition A); 0 = no such split, any combination.
@@ -106,6 +109,7 @@ class ClevrPolicySettings:
     train_per_policy: int = 2000
     cot_per_policy: int = 250
     test: int = 2000
+    validation: int = 0
     override: int = 0
     cogent_b: int = 0
     more_objects: int = 0
@@ -138,7 +142,7 @@ class ClevrPolicySettings:
                 f"cot_per_policy {self.cot_per_policy} exceeds train_per_policy"
                 f" {self.train_per_policy} or is negative"
             )
-        for name in ("override", "cogent_b", "more_objects", "deeper"):
+        for name in MAYBE:
             size = getattr(self, name)
             if size and size < self.policies:
                 problems.append(f"{name} must be 0 or at least one image a policy, got {size}")
@@ -182,8 +186,7 @@ def split_sizes(settings: ClevrPolicySettings) -> dict[str, int]:
         "cot": settings.policies * settings.cot_per_policy,
         "test": settings.test,
     }
-    harder = ("override", "cogent_b", "more_objects", "deeper")
-    return sizes | {name: getattr(settings, name) for name in harder if getattr(settings, name)}
+    return sizes | {name: getattr(settings, name) for name in MAYBE if getattr(settings, name)}
 
 
 def make_parts(settings: ClevrPolicySettings) -> list[Part]:

@@ -1,12 +1,14 @@
 """How sure a result is: intervals, and two models on the same questions.
 
     one model     k of n right: Wilson score interval
+    several seeds mean of the seeds' results: Student's t interval
     two models    n10 questions that only the first gets right, n01 that only the second does:
                   McNemar's exact test; the difference of mean scores with a paired bootstrap
 
 In: records of `evaluators/questions.py`. Out: plain numbers. 95 % wherever nothing else is said.
 
-Source: Wilson 1927; McNemar 1947, exact form; Efron & Tibshirani 1993, chapter 13 (percentiles).
+Source: Wilson 1927; Student 1908; McNemar 1947, exact form; Efron & Tibshirani 1993, chapter 13
+(percentiles).
 Next: trimpi_jax/stages/suites.py
 """
 
@@ -17,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
 
 LEVEL = 0.95
 RESAMPLES = 10_000
@@ -74,6 +76,19 @@ def break_down(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict
         kind: {name: score_records(groups[name]) for name in sorted(groups, key=_natural)}
         for kind, groups in members.items()
     }
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean of independent values: mean -+ t(0.975, n - 1) s / sqrt(n).
+
+    Raises:
+        ValueError: fewer than two values.
+    """
+    if len(values) < 2:
+        raise ValueError(f"a t interval needs at least two values, got {len(values)}")
+    numbers = np.asarray(values, np.float64)
+    reach = t.ppf((1 + LEVEL) / 2, len(numbers) - 1) * numbers.std(ddof=1) / len(numbers) ** 0.5
+    return float(numbers.mean() - reach), float(numbers.mean() + reach)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

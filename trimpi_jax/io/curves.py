@@ -86,7 +86,7 @@ def make_curves(runs: Sequence[RunResults]) -> list[Curve]:
                         lines.append((name, points, COLOURS[number % len(COLOURS)], style))
             if lines:
                 labels = " and ".join(dict.fromkeys(model.label for _, model in found))
-                curves.append(_plot_lines(f"{labels}: {quantity.title}", quantity.unit, lines))
+                curves.append(plot_lines(f"{labels}: {quantity.title}", quantity.unit, lines))
     return curves
 
 
@@ -128,9 +128,10 @@ def make_overview(runs: Sequence[RunResults]) -> Curve:
     return Curve("Accuracy after every stage", svg_address(figure), "; ".join(said))
 
 
-def _plot_lines(
+def plot_lines(
     title: str, unit: str, lines: Sequence[tuple[str, list[tuple[int, float]], str, str]]
 ) -> Curve:
+    """Lines over steps: (name, points, colour, style) each, with a running mean."""
     figure = Figure(figsize=(5.2, 2.8), layout="constrained")
     axes = figure.subplots()
     said = []

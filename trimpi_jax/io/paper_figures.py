@@ -63,6 +63,24 @@ FIGURES: dict[tuple[str, str, int], dict[str, dict[str, float]]] = {
     },
 }
 
+# suite -> task -> method -> figure of the 7B model: accuracy in % (GTA: overall score), referral
+# 0 to 10, the branching error as a mean absolute difference over 2,000 answers
+_T6, _M6, _GTA = ("clevr_policy", "T", 6), ("clevr_policy", "M", 6), ("gta_policy", "", 0)
+SUITE_FIGURES: dict[str, dict[tuple[str, str, int], dict[str, float]]] = {
+    "override": {
+        _T6: {"cot_sft": 16.40, "trimpi_poro_grpo": 48.70, "trimpi_poro_dapo": 59.40},
+        _M6: {"cot_sft": 25.20, "trimpi_poro_grpo": 82.70, "trimpi_poro_dapo": 85.15},
+        _GTA: {"cot_sft": 38.71, "trimpi_poro_grpo": 63.00, "trimpi_poro_dapo": 58.94},
+    },
+    "referral": {
+        _T6: {"cot_sft": 3.54, "trimpi_poro_grpo": 5.60},
+        _M6: {"cot_sft": 3.44, "trimpi_poro_grpo": 8.72},
+        _GTA: {"cot_sft": 7.68, "trimpi_poro_grpo": 9.45},
+    },
+    "branching": {_T6: {"cot_sft": 39.74, "cot_sft_grpo": 38.72, "trimpi_poro_grpo": 7.07}},
+}
+SAVED = {"prompt_tokens": 93.9, "prefill_ms": 85.7}  # %, "up to"
+
 
 def task_of(config: dict[str, Any]) -> tuple[str, str, int]:
     """The key of FIGURES that a run's config has."""

@@ -73,21 +73,13 @@ def write_report(workdirs: Sequence[Path], path: Path, *, gallery: int = GALLERY
 
 def render_page(runs: Sequence[RunResults], gallery: int) -> str:
     """The page as text."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    source = {name: _own_source(f"report.{name}") for name in ("css", "js")}
     questions = make_gallery(runs, gallery)
-    return environment.get_template("report.html.jinja").render(
+    js = _own_source("report.js")
+    return render_template(
+        "report.html.jinja",
         title=", ".join(dict.fromkeys(run.name for run in runs)),
-        css=source["css"],
-        js=source["js"],
-        css_hash=_source_hash(source["css"]),
-        js_hash=_source_hash(source["js"]),
+        js=js,
+        js_hash=_source_hash(js),
         runs=[about_run(run) for run in runs],
         results=results_section(runs),
         overview=make_overview(runs),
@@ -99,6 +91,19 @@ def render_page(runs: Sequence[RunResults], gallery: int) -> str:
         filters={name: options_of(questions, name) for name in ("model", "view", "verdict", "kind")}
         | {"policy": list(dict.fromkeys(q["policy"] for q in questions if q["policy"]))},
     )
+
+
+def render_template(name: str, **values: Any) -> str:
+    """A page from a template of this folder; it gets the style and its digest, too."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    css = _own_source("report.css")
+    return environment.get_template(name).render(css=css, css_hash=_source_hash(css), **values)
 
 
 def about_run(run: RunResults) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import functools
 import shutil
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ from trimpi_jax.stages.run_settings import (
     with_lora_scale,
 )
 from trimpi_jax.stages.sft import SPLITS, encode_sft_row
-from trimpi_jax.stages.suites import PAPER_SUITES, Context
+from trimpi_jax.stages.suites import PAPER_SUITES, SUITES, Context
 from trimpi_jax.stages.supervised import make_supervised_step
 from trimpi_jax.stages.train_state import (
     Flat,
@@ -134,6 +134,7 @@ def run(config: ConfigDict, workdir: Path, progress: Progress | None = None) -> 
         with lock_workdir(workdir, progress.say):
             run_nano_base(config, workdir, progress)
         return
+    check_suites(config)
     model, processor = open_base(config)  # what is wrong with it is told before anything is written
     model = execution(model, config, jax.default_backend())
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -414,7 +415,7 @@ def make_evaluator(this: Run) -> Evaluator:
 
 
 def evaluate_stage(this: Run, params: Any, name: str, files: Path) -> None:
-    """The paper's suites on a finished stage; skipped when already on disk.
+    """The suites of `config.eval.suites` on a finished stage; skipped when already on disk.
 
     Args:
         this: the run.
@@ -426,9 +427,11 @@ def evaluate_stage(this: Run, params: Any, name: str, files: Path) -> None:
     if path.is_file():
         return
     digest = folder_digest(files)
-    results = run_paper_suites(this, params, path.parent / "evaluation", {"model_sha256": digest})
+    identity = {"model_sha256": digest}
+    suites = this.config.eval.suites
+    results = ask_suites(this, params, path.parent / "evaluation", identity, suites)
     prefill = make_prefill(this.model, this.config.dtype)
-    example = read_split(this.workdir / "data", "test", 1)[0]
+    example = read_split(this.workdir / "data", this.config.eval.split, 1)[0]
     found: dict[str, Any] = {"stage": name}
     for view, suite, aware in (
         ("policy_free", "main", False),
@@ -446,7 +449,8 @@ def evaluate_stage(this: Run, params: Any, name: str, files: Path) -> None:
 def evaluate_step(this: Run, params: Any, folder: Path, number: int) -> None:
     """The paper's suites in the middle of a stage; one line in `evaluations.jsonl`."""
     about = {"stage": folder.name, "step": number}
-    results = run_paper_suites(this, params, folder / f"evaluation-step{number}", about)
+    place = folder / f"evaluation-step{number}"
+    results = ask_suites(this, params, place, about, PAPER_SUITES)
     line = {
         f"evaluation/{suite}_{what}": result["summary"][what]
         for suite, result in results.items()
@@ -456,13 +460,29 @@ def evaluate_step(this: Run, params: Any, folder: Path, number: int) -> None:
     this.progress.say(f"{folder.name} step {number}: {_counts(results)}")
 
 
-def run_paper_suites(
-    this: Run, params: Any, folder: Path, model: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """Main, in-context and, where the data has it, override; name -> result.
+def check_suites(config: ConfigDict) -> None:
+    """The suites that a config names.
 
     Raises:
-        ValueError: there is nothing to ask.
+        ValueError: an unknown one, or one that every stage's evaluation needs is missing.
+    """
+    names = list(config.eval.suites)
+    unknown = [name for name in names if name not in SUITES]
+    missing = [name for name in ("main", "in_context") if name not in names]
+    if unknown or missing:
+        raise ValueError(
+            f"config.eval.suites {names}: unknown {unknown}, missing {missing}; there are"
+            f" {', '.join(SUITES)}"
+        )
+
+
+def ask_suites(
+    this: Run, params: Any, folder: Path, model: dict[str, Any], suites: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Name -> result; override only where the data has it.
+
+    Raises:
+        ValueError: one of them has nothing to ask.
     """
     evaluator, config, data = this.evaluator, this.config, this.workdir / "data"
     assert evaluator is not None
@@ -471,7 +491,7 @@ def run_paper_suites(
     context = Context(
         evaluator, params, config, data, folder, config.seed, this.progress, identity=identity
     )
-    names = [name for name in PAPER_SUITES if name != "override" or context.has_split("override")]
+    names = [name for name in suites if name != "override" or context.has_split("override")]
     results, left_out = run_suites(context, names)
     evaluator.unload()  # its copy of the weights is memory that training needs
     if left_out:
@@ -484,4 +504,5 @@ def _counts(results: dict[str, dict[str, Any]]) -> str:
     return ", ".join(
         f"{words.get(name, name)} {result['summary']['correct']}/{result['summary']['count']}"
         for name, result in results.items()
+        if "correct" in result["summary"]
     )

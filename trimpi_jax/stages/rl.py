@@ -122,6 +122,7 @@ class RLStep:
         self.loaded: Weights | None = None
         self.kept: list[Group] = []  # surplus groups of the step before
         self.dry_steps = 0  # in a row
+        self.sampled = 0  # rollouts since the stage began
         self.last_rollouts: list[dict[str, Any]] = []  # for a look at the text
         self.last_failures: list[Failure] = []
 
@@ -138,6 +139,7 @@ class RLStep:
             record for part in drawn for record in as_records(part, self.settings.free_rollouts)
         ]
         metrics = rollout_metrics(drawn, self.settings, attempts, len(used), clock.laps)
+        metrics["rollouts/sampled_total"] = self.sampled
         self.kept = self._with_behavior(surplus)
         # about to be donated; what was computed from them leaves its room to the update
         self.loaded = None
@@ -148,17 +150,27 @@ class RLStep:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the stage should end early: too many steps in a row found too few groups."""
+        """Whether the stage should end early: too many dry steps in a row, or no rollouts left."""
         limit = self.settings.stop_after_dry_steps
-        return bool(limit) and self.dry_steps >= limit
+        return (bool(limit) and self.dry_steps >= limit) or self._prompts_left() == 0
+
+    def _prompts_left(self) -> int | None:
+        """Prompts that may still be sampled; None = as many as are wanted."""
+        limit = self.settings.max_rollouts
+        return max(limit - self.sampled, 0) // (2 * self.settings.group_size) if limit else None
 
     def save_place(self) -> dict[str, Any]:
         """What a resumed run needs beside the state and the stream, JSON-able."""
-        return {"groups": encode_groups(self.kept), "dry_steps": self.dry_steps}
+        return {
+            "groups": encode_groups(self.kept),
+            "dry_steps": self.dry_steps,
+            "sampled": self.sampled,
+        }
 
     def restore_place(self, saved: dict[str, Any]) -> None:
         """Inverse of `save_place`."""
         self.kept, self.dry_steps = decode_groups(saved["groups"]), saved["dry_steps"]
+        self.sampled = saved["sampled"]
 
     def _collect_groups(
         self, number: int, examples: Sequence[Example], clock: _Clock
@@ -175,6 +187,10 @@ class RLStep:
                 seen |= {example.example_id for example in fresh}
             else:
                 fresh = list(examples)
+            fresh = fresh[: self._prompts_left()]
+            if not fresh and self._prompts_left() == 0:
+                return groups, drawn, attempt
+            self.sampled += len(fresh) * 2 * self.settings.group_size
             size = self.settings.sample_prompts
             for start in range(0, len(fresh), size):
                 drawn.append(self._draw(number, fresh[start : start + size], clock))

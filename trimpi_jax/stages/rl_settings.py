@@ -29,6 +29,7 @@ class RLSettings:
     compact_every: int = 0
     policy_chunk: int = 1  # prompts that may share one copy of a policy while decoding
     max_attempts: int = 1  # batches of prompts a step may draw; 1 = no dynamic sampling
+    max_rollouts: int = 0  # the stage ends when so many have been sampled; 0 = no limit
     stop_after_dry_steps: int = 0  # steps in a row that ran out of attempts; 0 = never stop
     overlong_tokens: int = 0  # width of the soft overlong ramp; 0 = no penalty
     max_failed_grades: float = 0.05  # share of completions whose grading may fail
@@ -66,6 +67,11 @@ class RLSettings:
             problems.append("0 <= rl.overlong_tokens < max_new_tokens")
         if not 0 <= self.max_failed_grades <= 1:
             problems.append("rl.max_failed_grades is a share")
+        if self.max_rollouts < 0 or self.max_rollouts % (2 * self.group_size):
+            problems.append(
+                f"rl.max_rollouts {self.max_rollouts} is not a multiple of a group's"
+                f" {2 * self.group_size} rollouts"
+            )
         if self.policy_chunk < 1:
             problems.append("rl.policy_chunk must be >= 1")
         if self.policy_chunk > 1 and not self.policy_rollout:

@@ -78,6 +78,7 @@ def rl_settings(config: ConfigDict) -> RLSettings:
         compact_every=settings.compact_every,
         policy_chunk=settings.get("policy_chunk", 1),
         max_attempts=settings.get("max_attempts", 1),
+        max_rollouts=settings.max_rollouts,
         stop_after_dry_steps=settings.get("stop_after_dry_steps", 0),
         overlong_tokens=settings.get("overlong_tokens", 0),
         max_failed_grades=settings.max_failed_grades,

@@ -102,6 +102,10 @@ class Context:
             raise Unavailable(f"{self.data} has no questions in a split '{split}'; it has {found}")
         return list(read_split(self.data, split, self.config.eval.examples))
 
+    def questions(self) -> list[Example]:
+        """What Main asks: `config.eval.split`, the test set unless something is being tuned."""
+        return self.read(self.config.eval.get("split", "test"))  # older runs do not name it
+
     def option(self, suite: str, name: str, default: Any) -> Any:
         """`config.eval.SUITE.NAME`, or the default."""
         return self.config.eval.get(suite, ConfigDict()).get(name, default)
@@ -162,14 +166,14 @@ Suite = Callable[[Context], SuiteResult]
 
 def run_main(context: Context) -> SuiteResult:
     """Main: unseen images, no policy in the prompt."""
-    records = context.ask("main", context.read("test"), policy_in_prompt=False)
+    records = context.ask("main", context.questions(), policy_in_prompt=False)
     summary = summarize(records)
     return SuiteResult(summary, records, describe(summary))
 
 
 def run_in_context(context: Context) -> SuiteResult:
     """Policy In-Context: the same questions with their policy in the prompt."""
-    records = context.ask("in_context", context.read("test"), policy_in_prompt=True)
+    records = context.ask("in_context", context.questions(), policy_in_prompt=True)
     summary = summarize(records)
     return SuiteResult(summary, records, describe(summary))
 
@@ -192,7 +196,7 @@ def run_override(context: Context) -> SuiteResult:
 
 def run_anatomy(context: Context) -> SuiteResult:
     """Error anatomy of Main: what went wrong in each answer, and the branching error."""
-    examples = context.read("test")
+    examples = context.questions()
     records = answers_of_main(context, "anatomy", examples)
     found = [dissect(*pair) for pair in zip(examples, records, strict=True)]
     summary = summarize_anatomy(examples, records, found)
@@ -202,7 +206,7 @@ def run_anatomy(context: Context) -> SuiteResult:
 
 def run_referral(context: Context) -> SuiteResult:
     """Policy Referral of Main, exact; a record's accuracy is its score / 10."""
-    examples = context.read("test")
+    examples = context.questions()
     if not all(map(can_check_exactly, examples)):
         raise Unavailable(
             "these policies have neither a tree nor numbered rules that citations could be checked"
@@ -232,7 +236,7 @@ def run_referral_judge(context: Context) -> SuiteResult:
         settings = JudgeSettings(**options)
     except ValueError as error:
         raise Unavailable(f"{error}; all of it under config.eval.referral_judge") from error
-    examples = context.read("test")
+    examples = context.questions()
     records = answers_of_main(context, "referral_judge", examples)
     texts = [record["completion"] for record in records]
     kept = context.folder / "referral_judge.replies.jsonl"
@@ -248,7 +252,7 @@ def run_referral_judge(context: Context) -> SuiteResult:
 
 def run_recital(context: Context) -> SuiteResult:
     """Recital: the rules themselves, asked without and with the policy in the prompt."""
-    questions = make_recital(context.read("test"), context.seed)
+    questions = make_recital(context.questions(), context.seed)
     if not questions:
         raise Unavailable(
             "recital asks for the Conditions and Cases of a ClevrPolicy and the tool versions of"
@@ -280,7 +284,7 @@ def run_recital(context: Context) -> SuiteResult:
 def run_pressure(context: Context) -> SuiteResult:
     """Pressure: behaviour that was internalized, when the conversation pushes against it."""
     count = context.option("pressure", "examples", PRESSED)
-    made = make_pressure(context.read("test")[:count], context.seed)
+    made = make_pressure(context.questions()[:count], context.seed)
     questions = [question for variant in made.values() for question in variant]
     evaluator = context.evaluator.changed(questions)
     records = context.ask("pressure", questions, policy_in_prompt=False, evaluator=evaluator)
@@ -316,7 +320,7 @@ def run_forgetting(context: Context) -> SuiteResult:
 
 def run_efficiency(context: Context) -> SuiteResult:
     """Efficiency: requests and tokens a second without and with the policy; when it pays."""
-    examples = [e for e in context.read("test") if e.policy_text]
+    examples = [e for e in context.questions() if e.policy_text]
     examples = examples[: context.evaluator.settings.rows]
     if not examples:
         raise Unavailable("efficiency compares with the policy in context; there is no policy text")

@@ -1,0 +1,217 @@
+"""The paper's tables in the small: every row, several seeds, equal budgets, on the nano model.
+
+    python -m trimpi_jax.sweep --sweep configs/sweeps/paper_tables.py:small --workdir runs/tables
+
+    small    ClevrPolicy-T at depth 2, seeds 0 to 2: hours on two cores (docs/sweeps.md)
+    full     ClevrPolicy-T and -M at depth 2, 4 and 6, and GTAPolicy synthetic: for a GPU
+    split=validation    other questions than the test set's, to tune on: `small,split=validation`
+    seeds=5             seeds 0 to 4
+
+A seed is another draw of everything: policies, pictures, order, samples. Numbers are those of
+configs/nano.py and configs/gta_policy.py where nothing else is said here.
+"""
+
+import difflib
+import functools
+
+from ml_collections import ConfigDict
+
+from configs import gta_policy, nano
+from trimpi_jax.sweeps.plan import AWARE, CHANGED, FREE, Claim, Column, Row, Sweep
+
+SCALES = {
+    "small": ("T2",),
+    "full": ("T2", "T4", "T6", "M2", "M4", "M6", "GTA"),
+}
+QUESTIONS = 300
+SUITES = ("main", "in_context", "override", "anatomy", "referral", "forgetting")
+
+ROWS = (
+    Row("in_context", "in context, no training", "in_context", shows=AWARE, paper="in_context"),
+    Row("direct_sft", "Direct SFT", "direct_sft", paper="direct_sft"),
+    Row("cot_sft", "CoT SFT", "cot_sft", paper="cot_sft"),
+    Row("vm_cpt_cot_sft", "VM-CPT + CoT SFT", "vm_cpt_cot_sft", paper="vm_cpt_cot_sft"),
+    Row("cot_sft_grpo", "CoT SFT + GRPO", "cot_sft_grpo", paper="cot_sft_grpo"),
+    Row("cot_sft_dapo", "CoT SFT + DAPO", "cot_sft_dapo", paper="cot_sft_dapo"),
+    Row("trimpi_grpo", "TriMPI GRPO", "trimpi_grpo", paper="trimpi_grpo"),
+    Row("trimpi_dapo", "TriMPI DAPO", "trimpi_dapo"),
+    Row("poro_grpo", "TriMPI PoRo-GRPO", "trimpi_poro_grpo", paper="trimpi_poro_grpo"),
+    Row("poro_dapo", "TriMPI PoRo-DAPO", "trimpi_poro_dapo", paper="trimpi_poro_dapo"),
+)
+
+CLAIMS = (
+    Claim("poro", "PoRo beats plain GRPO at equal budget", "poro_grpo", "trimpi_grpo"),
+    Claim("poro_dapo", "PoRo beats plain DAPO at equal budget", "poro_dapo", "trimpi_dapo"),
+    Claim("cpt_sft", "VM-CPT helps before SFT", "vm_cpt_cot_sft", "cot_sft"),
+    Claim("cpt_grpo", "VM-CPT helps before SFT and GRPO", "trimpi_grpo", "cot_sft_grpo"),
+    Claim("cpt_dapo", "VM-CPT helps before SFT and DAPO", "trimpi_dapo", "cot_sft_dapo"),
+    Claim("cot", "Chains of thought help SFT", "cot_sft", "direct_sft"),
+    Claim("rl", "RL improves on SFT", "cot_sft_grpo", "cot_sft"),
+    Claim("rl_cpt", "RL improves on VM-CPT + SFT", "trimpi_grpo", "vm_cpt_cot_sft"),
+    Claim("dapo", "DAPO beats GRPO", "cot_sft_dapo", "cot_sft_grpo"),
+    Claim("dapo_poro", "With PoRo, too, DAPO beats GRPO", "poro_dapo", "poro_grpo"),
+    Claim(
+        "beats_prompt",
+        "TriMPI without the policy beats the base that reads it",
+        "poro_grpo",
+        "in_context",
+        FREE,
+        AWARE,
+    ),
+    Claim(
+        "keeps_in_context",
+        "PoRo keeps following a policy in context (loses less than 5 points)",
+        "poro_grpo",
+        "in_context",
+        AWARE,
+        more_than=-5.0,
+    ),
+    Claim(
+        "in_context",
+        "PoRo follows a policy in context better than plain GRPO",
+        "poro_grpo",
+        "trimpi_grpo",
+        AWARE,
+    ),
+    Claim(
+        "override",
+        "PoRo follows a changed policy better than plain GRPO",
+        "poro_grpo",
+        "trimpi_grpo",
+        CHANGED,
+    ),
+    Claim(
+        "override_sft",
+        "PoRo follows a changed policy better than CoT SFT",
+        "poro_grpo",
+        "cot_sft",
+        CHANGED,
+    ),
+    Claim(
+        "growth",
+        "The gain of PoRo over GRPO grows with depth",
+        "poro_grpo",
+        "trimpi_grpo",
+        grows=True,
+    ),
+    *(
+        Claim(
+            f"{row}_{column}",
+            f"{label} at depth 6 reaches {least} % without the policy",
+            row,
+            more_than=least,
+            columns=(column,),
+        )
+        for column, least in (("T6", 85.0), ("M6", 90.0))
+        for row, label in (("poro_grpo", "PoRo-GRPO"), ("poro_dapo", "PoRo-DAPO"))
+    ),
+)
+
+# measured: docs/sweeps.md; seconds of a stage, of an RL step, of the evaluations after a stage
+SECONDS = {
+    2: {"data": 10, "evaluation": 35, "vm_cpt": 40, "direct_sft": 30, "cot_sft": 25, "rl": 1.8},
+    4: {"data": 20, "evaluation": 70, "vm_cpt": 180, "direct_sft": 60, "cot_sft": 70, "rl": 3.5},
+    6: {"data": 30, "evaluation": 150, "vm_cpt": 600, "direct_sft": 90, "cot_sft": 150, "rl": 6},
+}
+GTA_SECONDS = {"data": 60, "evaluation": 240, "vm_cpt": 600, "direct_sft": 300, "cot_sft": 300}
+
+# ours: deeper policies have more cases to be seen
+DEEPER = {
+    2: {},
+    4: {"data.train_per_policy": 800, "data.cot_per_policy": 240, "rl.steps": 200},
+    6: {"data.train_per_policy": 1600, "data.cot_per_policy": 480, "rl.steps": 300},
+}
+
+
+def get_sweep(argument: str | None = None) -> Sweep:
+    """The sweep of "small", "full,split=validation", "small,seeds=5", ...; None = small.
+
+    Raises:
+        ValueError: another argument, with the closest match.
+    """
+    scale, split, seeds = parse_argument(argument or "small")
+    tuning = split == "validation"
+    clevr = [(variant, depth) for variant in "TM" for depth in (2, 4, 6)]
+    columns = tuple(
+        Column(
+            f"{variant}{depth}",
+            f"Clevr-{variant}, depth {depth}",
+            ("clevr_policy", variant, depth),
+            functools.partial(make_clevr, variant=variant, depth=depth, split=split),
+            depth,
+            SECONDS[depth],
+        )
+        for variant, depth in clevr
+    )
+    gta = Column(
+        "GTA",
+        "GTA, synthetic",
+        ("gta_policy", "", 0),
+        make_gta,
+        0,
+        GTA_SECONDS | {"rl": 12},
+    )
+    chosen = tuple(name for name in SCALES[scale] if not (tuning and name == "GTA"))
+    return Sweep(
+        name="-".join(["paper_tables", scale, *(["validation"] if tuning else [])]),
+        rows=ROWS,
+        columns=(*columns, gta),
+        chosen=chosen,
+        seeds=tuple(range(seeds)),
+        claims=CLAIMS,
+        note="questions of the validation split, for tuning: not results" if tuning else "",
+    )
+
+
+def parse_argument(argument: str) -> tuple[str, str, int]:
+    """(scale, split, number of seeds)."""
+    scale, split, seeds = "small", "test", "3"
+    for part in argument.split(","):
+        key, sign, value = part.partition("=")
+        if not sign and key in SCALES:
+            scale = key
+        elif key == "split" and value in ("test", "validation"):
+            split = value
+        elif key == "seeds" and value.isdecimal() and int(value):
+            seeds = value
+        else:
+            known = [*SCALES, "split=test", "split=validation", "seeds=3"]
+            close = difflib.get_close_matches(part, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"unknown '{part}' in the sweep's argument{hint} It takes {known}")
+    return scale, split, int(seeds)
+
+
+def make_clevr(method: str, *, variant: str, depth: int, split: str) -> ConfigDict:
+    """ClevrPolicy on the nano model."""
+    config = nano.get_config(f"method={method}")
+    config.data.variant = variant
+    config.data.depth = depth
+    config.data.override = QUESTIONS
+    config.data.test = QUESTIONS
+    if split == "validation":
+        config.data.validation = QUESTIONS
+    config.eval.split = split
+    config.eval.examples = QUESTIONS
+    config.eval.suites = SUITES
+    if (variant, depth) != ("T", 2):  # the sizes in configs/nano.py are those of T, depth 2
+        set_auto_sizes(config)
+    for path, value in DEEPER[depth].items():
+        section, _, key = path.rpartition(".")
+        if section in config:
+            config[section][key] = value
+    return config
+
+
+def make_gta(method: str) -> ConfigDict:
+    """GTAPolicy with drawn pictures on the nano model."""
+    config = gta_policy.get_config(f"method={method}")
+    config.eval.suites = ("main", "in_context", "override", "referral")
+    return config
+
+
+def set_auto_sizes(config: ConfigDict) -> None:
+    """Buckets, windows and completion length from the data, as in configs/own_policy.py."""
+    for key in ("windows", "prompt_buckets", "row_buckets", "max_new_tokens"):
+        del config[key]
+        config[key] = "auto"
