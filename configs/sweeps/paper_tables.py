@@ -17,6 +17,8 @@ import functools
 from ml_collections import ConfigDict
 
 from configs import gta_policy, nano
+from configs.methods import TITLES
+from trimpi_jax.io.paper_figures import IN_CONTEXT
 from trimpi_jax.sweeps.plan import AWARE, CHANGED, FREE, Claim, Column, Row, Sweep
 
 SCALES = {
@@ -26,22 +28,22 @@ SCALES = {
 QUESTIONS = 300
 SUITES = ("main", "in_context", "override", "anatomy", "referral", "forgetting")
 
+PAPER_ROWS = (
+    *("direct_sft", "cot_sft", "vm_cpt_cot_sft", "cot_sft_grpo", "cot_sft_dapo", "trimpi_grpo"),
+    *("trimpi_dapo", "trimpi_poro_grpo", "trimpi_poro_dapo"),
+)
+ASKED_ROWS = (  # by readers of the paper: RL without CoT SFT, RL on fewer questions, distillation
+    *("base_grpo", "vm_cpt_poro_grpo", "cot_sft_grpo_on_cot"),
+    *("distillation", "trimpi_distillation"),
+)
 ROWS = (
-    Row("in_context", "in context, no training", "in_context", shows=AWARE, paper="in_context"),
-    Row("direct_sft", "Direct SFT", "direct_sft", paper="direct_sft"),
-    Row("cot_sft", "CoT SFT", "cot_sft", paper="cot_sft"),
-    Row("vm_cpt_cot_sft", "VM-CPT + CoT SFT", "vm_cpt_cot_sft", paper="vm_cpt_cot_sft"),
-    Row("cot_sft_grpo", "CoT SFT + GRPO", "cot_sft_grpo", paper="cot_sft_grpo"),
-    Row("cot_sft_dapo", "CoT SFT + DAPO", "cot_sft_dapo", paper="cot_sft_dapo"),
-    Row("trimpi_grpo", "TriMPI GRPO", "trimpi_grpo", paper="trimpi_grpo"),
-    Row("trimpi_dapo", "TriMPI DAPO", "trimpi_dapo"),
-    Row("poro_grpo", "TriMPI PoRo-GRPO", "trimpi_poro_grpo", paper="trimpi_poro_grpo"),
-    Row("poro_dapo", "TriMPI PoRo-DAPO", "trimpi_poro_dapo", paper="trimpi_poro_dapo"),
+    Row("in_context", TITLES["in_context"], "in_context", shows=AWARE, paper=IN_CONTEXT),
+    *(Row(name, TITLES[name], name, paper=name) for name in (*PAPER_ROWS, *ASKED_ROWS)),
 )
 
 CLAIMS = (
-    Claim("poro", "PoRo beats plain GRPO at equal budget", "poro_grpo", "trimpi_grpo"),
-    Claim("poro_dapo", "PoRo beats plain DAPO at equal budget", "poro_dapo", "trimpi_dapo"),
+    Claim("poro", "PoRo beats plain GRPO at equal budget", "trimpi_poro_grpo", "trimpi_grpo"),
+    Claim("poro_dapo", "PoRo beats plain DAPO at equal budget", "trimpi_poro_dapo", "trimpi_dapo"),
     Claim("cpt_sft", "VM-CPT helps before SFT", "vm_cpt_cot_sft", "cot_sft"),
     Claim("cpt_grpo", "VM-CPT helps before SFT and GRPO", "trimpi_grpo", "cot_sft_grpo"),
     Claim("cpt_dapo", "VM-CPT helps before SFT and DAPO", "trimpi_dapo", "cot_sft_dapo"),
@@ -49,11 +51,11 @@ CLAIMS = (
     Claim("rl", "RL improves on SFT", "cot_sft_grpo", "cot_sft"),
     Claim("rl_cpt", "RL improves on VM-CPT + SFT", "trimpi_grpo", "vm_cpt_cot_sft"),
     Claim("dapo", "DAPO beats GRPO", "cot_sft_dapo", "cot_sft_grpo"),
-    Claim("dapo_poro", "With PoRo, too, DAPO beats GRPO", "poro_dapo", "poro_grpo"),
+    Claim("dapo_poro", "With PoRo, too, DAPO beats GRPO", "trimpi_poro_dapo", "trimpi_poro_grpo"),
     Claim(
         "beats_prompt",
         "TriMPI without the policy beats the base that reads it",
-        "poro_grpo",
+        "trimpi_poro_grpo",
         "in_context",
         FREE,
         AWARE,
@@ -61,7 +63,7 @@ CLAIMS = (
     Claim(
         "keeps_in_context",
         "PoRo keeps following a policy in context (loses less than 5 points)",
-        "poro_grpo",
+        "trimpi_poro_grpo",
         "in_context",
         AWARE,
         more_than=-5.0,
@@ -69,28 +71,46 @@ CLAIMS = (
     Claim(
         "in_context",
         "PoRo follows a policy in context better than plain GRPO",
-        "poro_grpo",
+        "trimpi_poro_grpo",
         "trimpi_grpo",
         AWARE,
     ),
     Claim(
         "override",
         "PoRo follows a changed policy better than plain GRPO",
-        "poro_grpo",
+        "trimpi_poro_grpo",
         "trimpi_grpo",
         CHANGED,
     ),
     Claim(
         "override_sft",
         "PoRo follows a changed policy better than CoT SFT",
-        "poro_grpo",
+        "trimpi_poro_grpo",
         "cot_sft",
         CHANGED,
     ),
     Claim(
+        "all_questions",
+        "RL on all questions beats RL on those with a chain of thought",
+        "cot_sft_grpo",
+        "cot_sft_grpo_on_cot",
+    ),
+    Claim(
+        "cold_start",
+        "CoT SFT is needed before RL with PoRo",
+        "trimpi_poro_grpo",
+        "vm_cpt_poro_grpo",
+    ),
+    Claim(
+        "distilled",
+        "PoRo beats distilling the actor that reads the policy",
+        "trimpi_poro_grpo",
+        "trimpi_distillation",
+    ),
+    Claim(
         "growth",
         "The gain of PoRo over GRPO grows with depth",
-        "poro_grpo",
+        "trimpi_poro_grpo",
         "trimpi_grpo",
         grows=True,
     ),
@@ -103,17 +123,19 @@ CLAIMS = (
             columns=(column,),
         )
         for column, least in (("T6", 85.0), ("M6", 90.0))
-        for row, label in (("poro_grpo", "PoRo-GRPO"), ("poro_dapo", "PoRo-DAPO"))
+        for row, label in (("trimpi_poro_grpo", "PoRo-GRPO"), ("trimpi_poro_dapo", "PoRo-DAPO"))
     ),
 )
 
-# measured: docs/sweeps.md; seconds of a stage, of an RL step, of the evaluations after a stage
+# measured or guessed, see docs/sweeps.md; seconds of a stage, of an RL step, of a rollout of
+# distillation, of the evaluations after a stage
+STAGES_S = ("data", "evaluation", "vm_cpt", "direct_sft", "cot_sft", "rl", "rollout")
 SECONDS = {
-    2: {"data": 10, "evaluation": 35, "vm_cpt": 40, "direct_sft": 30, "cot_sft": 25, "rl": 1.8},
-    4: {"data": 20, "evaluation": 70, "vm_cpt": 180, "direct_sft": 60, "cot_sft": 70, "rl": 3.5},
-    6: {"data": 30, "evaluation": 150, "vm_cpt": 600, "direct_sft": 90, "cot_sft": 150, "rl": 6},
+    2: dict(zip(STAGES_S, (10, 35, 40, 30, 25, 1.8, 0.004), strict=True)),
+    4: dict(zip(STAGES_S, (20, 70, 180, 60, 70, 3.5, 0.008), strict=True)),
+    6: dict(zip(STAGES_S, (30, 150, 600, 90, 150, 6, 0.012), strict=True)),
 }
-GTA_SECONDS = {"data": 60, "evaluation": 240, "vm_cpt": 600, "direct_sft": 300, "cot_sft": 300}
+GTA_SECONDS = dict(zip(STAGES_S, (60, 240, 600, 300, 300, 12, 0.03), strict=True))
 
 # ours: deeper policies have more cases to be seen
 DEEPER = {
@@ -149,7 +171,7 @@ def get_sweep(argument: str | None = None) -> Sweep:
         ("gta_policy", "", 0),
         make_gta,
         0,
-        GTA_SECONDS | {"rl": 12},
+        GTA_SECONDS,
     )
     chosen = tuple(name for name in SCALES[scale] if not (tuning and name == "GTA"))
     return Sweep(

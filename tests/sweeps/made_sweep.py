@@ -97,7 +97,8 @@ def write_stage(folder: Path, name: str, right: int) -> None:
     metric = "rollouts/accuracy_free" if stage == "rl" else "train/loss"
     if stage != "base":
         lines = [
-            {"step": step, metric: step / 4, "time/step_s": 0.5, "rollouts/sampled_total": 8 * step}
+            {"step": step, metric: step / 4, "time/step_s": 0.5}
+            | ({"rollouts/sampled_total": 8 * step} if stage == "rl" else {})
             for step in range(4)
         ]
         text = "".join(json.dumps(line) + "\n" for line in lines)

@@ -29,7 +29,12 @@ def test_runs_go_by_column_seed_and_row_with_a_config_each():
     ]
     assert len(names) == 2 * 4
     last = runs[-1].config
-    assert (last.seed, last.data.seed, last.data.depth, last.method) == (1, 1, 4, "trimpi_poro_grpo")
+    assert (last.seed, last.data.seed, last.data.depth, last.method) == (
+        1,
+        1,
+        4,
+        "trimpi_poro_grpo",
+    )
 
 
 def test_rows_override_and_set_changes_what_is_there():
@@ -38,14 +43,16 @@ def test_rows_override_and_set_changes_what_is_there():
     by_row = {run.row.name: run.config for run in runs}
     assert by_row["hot"].cot_sft.learning_rate == 0.5
     assert by_row["trimpi_poro_grpo"].rl.steps == 7 and "rl" not in by_row["cot_sft"]
-    with pytest.raises(ValueError, match="has no cot_sft.learning_rat; did you mean learning_rate"):
+    with pytest.raises(
+        ValueError, match=r"has no cot_sft.learning_rat; did you mean learning_rate"
+    ):
         bad = (Row("bad", "bad", "cot_sft", {"cot_sft.learning_rat": 0.5}),)
         make_runs(make_sweep(rows=bad, claims=()))
     with pytest.raises(ValueError, match="did you mean steps"):
         make_runs(make_sweep(), {"rl.step": 7})
-    with pytest.raises(ValueError, match="--set rm.steps: no run of made has such a section"):
+    with pytest.raises(ValueError, match=r"--set rm.steps: no run of made has such a section"):
         make_runs(make_sweep(), {"rm.steps": 7})
-    with pytest.raises(ValueError, match="rl.steps='many'"):
+    with pytest.raises(ValueError, match=r"rl.steps='many'"):
         make_runs(make_sweep(), {"rl.steps": "many"})
     for texts in (["rl.steps"], ["=3"], ["a=1", "a=2"]):
         with pytest.raises(ValueError, match="--set is PATH=VALUE"):
@@ -87,7 +94,11 @@ def test_names_are_checked():
         make_runs(make_sweep((1, 1), rows=rows, claims=claims, chosen=("T8",)))
     for text in (
         *("row 'in_context' occurs twice", "row name 'a b'", "seeds must be distinct"),
-        *("claim bad: no row 'nobody'", "claim bad: a trend needs two rows", "chosen columns ['T8']"),
+        *(
+            "claim bad: no row 'nobody'",
+            "claim bad: a trend needs two rows",
+            "chosen columns ['T8']",
+        ),
     ):
         assert text in str(error.value)
 
@@ -167,7 +178,7 @@ def test_the_papers_tables_can_be_run(argument):
 
 
 def test_an_argument_that_is_none_names_the_closest():
-    with pytest.raises(ValueError, match="unknown 'smal' .*did you mean small"):
+    with pytest.raises(ValueError, match=r"unknown 'smal' .*did you mean small"):
         paper_tables.get_sweep("smal")
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_sweep("configs/sweeps/nothing.py")

@@ -76,6 +76,9 @@ def stage_seconds(run: Run, folder: str, known: Mapping[Any, float]) -> float:
         return given.get("data", 0.0) + given.get("evaluation", 0.0)
     if stage == "rl":
         training = run.config.rl.steps * given.get("rl", 0.0)
+    elif stage == "distillation":  # sampling is about a quarter of an RL step, SFT comes after
+        training = run.config.distillation.rollouts * given.get("rollout", 0.0)
+        training += given.get("cot_sft", 0.0)
     else:
         training = given.get(stage, 0.0)
     return training + given.get("evaluation", 0.0)

@@ -151,8 +151,8 @@ def make_runs(sweep: Sweep, changes: Mapping[str, Any] | None = None) -> list[Ru
                     if has_section(config, path):
                         apply(config, {path: value}, "--set")
                         used.add(path)
-                set_rollout_budget(config)
                 runs.append(Run(row, column, seed, config))
+    set_rollout_budgets(runs, chosen=frozenset(changes))
     if unused := sorted(changes.keys() - used):
         raise ValueError(f"--set {', '.join(unused)}: no run of {sweep.name} has such a section")
     check_budgets(runs)
@@ -207,10 +207,23 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
     return changes
 
 
-def set_rollout_budget(config: ConfigDict) -> None:
-    """Dynamic sampling draws as many prompts as it needs: limit it to what the other rows draw."""
-    if "rl" in config and is_dynamic(config) and not config.rl.max_rollouts:
-        config.rl.max_rollouts = planned_rollouts(config)
+def set_rollout_budgets(runs: Sequence[Run], chosen: frozenset[str] = frozenset()) -> None:
+    """Rows that could sample more or less than plain RL get its budget, in place.
+
+    Dynamic sampling draws as many prompts as it needs, so it gets a limit; distillation has a
+    number of its own. What a row's overrides or `chosen` name stays as it is (`check_budgets` then
+    has its say).
+    """
+    for group in dict.fromkeys(run.group for run in runs):
+        members = [run for run in runs if run.group == group]
+        planned = {planned_rollouts(run.config) for run in members if "rl" in run.config}
+        for run in members:
+            config, named = run.config, chosen | run.row.overrides.keys()
+            if "rl" in config and is_dynamic(config) and not config.rl.max_rollouts:
+                config.rl.max_rollouts = planned_rollouts(config)
+            free = "distillation" in config and "distillation.rollouts" not in named
+            if free and len(planned) == 1:
+                config.distillation.rollouts = min(planned)
 
 
 def planned_rollouts(config: ConfigDict) -> int:
@@ -224,7 +237,11 @@ def is_dynamic(config: ConfigDict) -> bool:
 
 
 def rollout_budget(config: ConfigDict) -> int:
-    """Rollouts that the RL stage of a run may sample at most."""
+    """Rollouts that a run may sample for training at most."""
+    if "distillation" in config:
+        return config.distillation.rollouts
+    if "rl" not in config:
+        return 0
     limit, planned = config.rl.max_rollouts, planned_rollouts(config)
     if is_dynamic(config):
         most = planned * config.rl.max_attempts
@@ -235,7 +252,7 @@ def rollout_budget(config: ConfigDict) -> int:
 def check_budgets(runs: Sequence[Run]) -> None:
     """Rows of one column must be comparable.
 
-    Equal data, questions and base model for all; equal rollouts for all rows with an RL stage.
+    Equal data, questions and base model for all; equal rollouts for all rows that sample.
 
     Raises:
         ValueError: every difference.
@@ -250,7 +267,8 @@ def check_budgets(runs: Sequence[Run]) -> None:
             for key in ("data", "model_dir", "eval", "dtype"):
                 if _plain(run.config[key]) != _plain(first.config[key]):
                     problems[f"{run.name}: its {key} differs from that of {first.name}"] = None
-        budgets = {run.row.name: rollout_budget(run.config) for run in group if "rl" in run.config}
+        budgets = {run.row.name: rollout_budget(run.config) for run in group}
+        budgets = {name: budget for name, budget in budgets.items() if budget}
         if len(set(budgets.values())) > 1:
             problems[f"{first.group}: rollouts differ: {budgets}"] = None
     if problems:

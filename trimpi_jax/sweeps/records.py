@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_pipelines.shards import read_manifest
 from trimpi_jax.io.metrics import read_metrics
 from trimpi_jax.stages.result_files import digest, read_result
 from trimpi_jax.sweeps.child import Job
@@ -108,9 +109,16 @@ def _stage(folder: Path, key: str) -> dict[str, Any]:
         "steps": len(lines),
         "train_s": sum(line.get("time/step_s", 0.0) for line in lines),
         "evaluation_s": sum(seconds),
-        "rollouts": int(max((line.get("rollouts/sampled_total", 0) for line in lines), default=0)),
+        "rollouts": _rollouts(folder, lines),
         "curves": {name: curve for name in CURVES if (curve := _curve(lines, name))},
     }
+
+
+def _rollouts(folder: Path, lines: Sequence[Mapping[str, Any]]) -> int:
+    """Completions that a stage sampled to train on."""
+    if (folder / "data").is_dir():  # a distillation's answers, with their counts
+        return int(read_manifest(folder / "data")["recipe"]["distillation"]["rollouts"])
+    return int(max((line.get("rollouts/sampled_total", 0) for line in lines), default=0))
 
 
 def _curve(lines: Sequence[Mapping[str, Any]], name: str) -> list[list[float]]:
