@@ -67,7 +67,7 @@ class RLSettings:
             problems.append("0 <= rl.overlong_tokens < max_new_tokens")
         if not 0 <= self.max_failed_grades <= 1:
             problems.append("rl.max_failed_grades is a share")
-        if self.max_rollouts < 0 or self.max_rollouts % (2 * self.group_size):
+        if self.max_rollouts < 0 or self.max_rollouts % max(2 * self.group_size, 1):
             problems.append(
                 f"rl.max_rollouts {self.max_rollouts} is not a multiple of a group's"
                 f" {2 * self.group_size} rollouts"
