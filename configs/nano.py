@@ -95,7 +95,7 @@ def make_optimizer_section(learning_rate: float, warmup_steps: int) -> ConfigDic
     section.weight_decay = 0.0
     section.clip_norm = 1.0
     section.moment_dtype = "float32"  # or "bfloat16": half the optimizer's memory
-    section.micro_batches = 1
+    section.micro_batches = 1  # 0 = as many as it takes for one row a device at a time
     return section
 
 

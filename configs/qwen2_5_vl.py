@@ -12,14 +12,11 @@
 "paper" are those of arXiv:2510.09474, section 4; "ours" marks what it leaves open. The paper trains
 3b and 7b; 32b and 72b take the same numbers. What this file does not name is as in configs/nano.py.
 
-The numbers of micro-batches below are for eight devices. Elsewhere (bytes in docs/preflight.md;
-`python -m trimpi_jax.preflight` says whether a run fits, before it starts):
+A device works on one row at a time, on any number of devices. 7b fits eight cards of 80 GB and a
+v5p-8 as it stands here; 3b on one 80 GB card needs moments of half the width (the compiler's bytes
+in docs/preflight.md; `python -m trimpi_jax.preflight` says whether a run fits, before it starts):
 
-    one 80 GB card, 3b   --config.vm_cpt.micro_batches=128 --config.vm_cpt.moment_dtype=bfloat16
-                         --config.cot_sft.micro_batches=32
-                         --config.rl.micro_batches=32 --config.rl.moment_dtype=bfloat16
-    v5p-8, 7b            --config.vm_cpt.micro_batches=32 --config.cot_sft.micro_batches=8
-                         --config.rl.micro_batches=8
+    --config.vm_cpt.moment_dtype=bfloat16 --config.rl.moment_dtype=bfloat16
 """
 
 import difflib
@@ -165,7 +162,7 @@ def set_training(config: ConfigDict, *, gta: bool) -> None:
         config.vm_cpt.epochs = 5  # paper
         config.vm_cpt.batch = 8 * 8 if gta else 16 * 8  # paper
         config.vm_cpt.trainable = "all"  # paper: no LoRA
-        config.vm_cpt.micro_batches = config.vm_cpt.batch // 8  # ours: one row a device of eight
+        config.vm_cpt.micro_batches = 0  # ours: one row a device at a time
     for stage, epochs in (("direct_sft", 2), ("cot_sft", 5)):  # paper: Clevr
         if stage in config:
             section = config[stage]
@@ -175,7 +172,7 @@ def set_training(config: ConfigDict, *, gta: bool) -> None:
             section.trainable = "lora"  # paper
             section.lora_rank = 8  # paper
             section.lora_alpha = 16  # ours: twice the rank; not stated
-            section.micro_batches = section.batch // 16  # ours: two rows a device of eight
+            section.micro_batches = 0
     if "rl" in config:
         section = config.rl
         section.learning_rate = 1e-6  # paper
@@ -196,7 +193,7 @@ def set_training(config: ConfigDict, *, gta: bool) -> None:
             section.clip_high = 0.3  # paper
             section.kl_beta = 0.01  # paper
         section.trainable = "all"  # paper: no LoRA
-        section.micro_batches = 4  # ours: eight groups at a time
+        section.micro_batches = 0  # ours: one group a device at a time
         section.log_rollouts_every = 1
     if "distillation" in config:  # ours: the paper has no such row
         section = config.distillation
@@ -206,7 +203,7 @@ def set_training(config: ConfigDict, *, gta: bool) -> None:
         section.compact_every = 128
         section.epochs = 2  # as the paper's RL
         section.batch = 64 if gta else 128
-        section.micro_batches = section.batch // 8  # one row a device of eight
+        section.micro_batches = 0
 
 
 def round_up(*tokens: int) -> tuple[int, ...]:

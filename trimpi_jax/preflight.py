@@ -131,6 +131,7 @@ def run(config: Any) -> bool:
     too_large = [one for one in found if one.refused or one.total_bytes > memory]
     for one in too_large:
         progress.say(explain(one, memory))
+        progress.say(f"  what takes less: {', '.join(remedies(config, one))}")
     if _EXAMPLES.value:
         for text in padding(config, model, source, _EXAMPLES.value):
             progress.say(text)
@@ -251,6 +252,30 @@ def explain(one: Any, memory: float) -> str:
     largest = ", ".join(f"{what} {size(count)}" for what, count in one.contributors[:5])
     text = f"{one.program} needs {size(one.total_bytes)} of {size(memory)} a chip: {largest}"
     return f"{text}\n  {one.refused}" if one.refused else text
+
+
+def remedies(config: Any, one: Any) -> list[str]:
+    """Options of a program's stage that are not yet what takes the least, the mildest first."""
+    stage, _, what = one.program.partition("/")
+    section = config.get(stage, {})
+    found = []
+    if re.match(r"step|update|score", what):
+        if section["micro_batches"]:
+            found.append(f"--config.{stage}.micro_batches=0 (one row a device at a time)")
+        if config.remat != "full":
+            found.append("--config.remat=full")
+        if section["moment_dtype"] != "bfloat16" and section["trainable"] != "lora":
+            found.append(f"--config.{stage}.moment_dtype=bfloat16")
+    elif stage == "rl":
+        found.append(f"fewer --config.rl.sample_prompts than {section['sample_prompts']}")
+    elif stage == "evaluate":
+        found.append(f"fewer --config.eval.rows than {config.eval.rows}")
+    if config.mesh.fsdp == 1:
+        found.append("--config.mesh.data=1 --config.mesh.fsdp=-1 (weights and state in parts)")
+    found.append("more --config.mesh.tensor")
+    if re.match(r"step|update", what) and section["trainable"] == "all":
+        found.append(f"--config.{stage}.trainable=all_but_vision")
+    return [*found, "more chips"]
 
 
 def size(count: float) -> str:

@@ -47,8 +47,7 @@ def test_every_method_has_the_papers_numbers(method, task):
         section = config[stage]
         assert optimizer_settings(section, 10).learning_rate > 0
         assert section.trainable in TRAINABLE
-        whole = section.update_prompts if stage == "rl" else section.batch
-        assert whole % section.micro_batches == 0
+        assert section.micro_batches == 0  # one row a device, on however many devices
     if "vm_cpt" in config:
         section = config.vm_cpt
         assert (section.learning_rate, section.epochs, section.batch, section.trainable) == (

@@ -17,6 +17,7 @@ from trimpi_jax.sharding import make_mesh
 from trimpi_jax.stages.estimate import (
     CHIPS,
     Estimate,
+    allotted_bytes,
     bytes_per_chip,
     chip_of,
     count_flops,
@@ -29,6 +30,9 @@ from trimpi_jax.stages.programs import batch_shapes, place_weights, run_programs
 
 X, W = jnp.ones((3, 4)), jnp.ones((4, 5))
 ONE = 2 * 3 * 4 * 5  # of X W
+
+
+EMPTY = Estimate("x", 0, 0, 0, 0, flops=0.0, moved_bytes=0.0, compile_s=0.0, contributors=[])
 
 
 def flops(function, *arguments, loop_steps=1):
@@ -63,6 +67,34 @@ def test_products_of_loops_and_choices():
     # recomputation is work: forward, forward again, and one product for the gradient
     kept = lambda x: jnp.sum(jax.checkpoint(lambda y: jnp.sin(y @ W))(x))  # noqa: E731
     assert flops(jax.grad(kept), X) == 3 * ONE - flops(kept, X) * 0
+
+
+def test_scanned_layers_count_as_often_as_they_run(config):
+    """XLA's own analysis counts the body of a loop once; the floor must not."""
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    counts = {}
+    for loop in ("scan", "unrolled"):
+        model = dataclasses.replace(tiny_config(), layer_loop=loop)
+        programs = run_programs(config, model, mesh, model.text.vocab_size)
+        step = next(program for program in programs if program.name == "vm_cpt/step 196")
+        with jax.set_mesh(mesh):
+            traced = step.function.trace(*step.arguments)
+        counts[loop] = count_flops(traced.jaxpr.jaxpr, 0)
+        if loop == "scan":
+            once = traced.lower().cost_analysis()["flops"]
+    assert model.text.depth > 1 and counts["scan"] == counts["unrolled"]
+    assert once < counts["scan"]
+
+
+def test_a_row_a_device_at_a_time(config):
+    """micro_batches 0: one pass for each row of a device, whatever their number."""
+    config = config.copy_and_resolve_references()
+    config.vm_cpt.micro_batches = 0
+    for devices in (1, 4):
+        mesh = make_mesh(1, devices, 1, devices=jax.devices()[:devices])
+        programs = run_programs(config, tiny_config(), mesh, 704)
+        step = next(program for program in programs if program.name == "vm_cpt/step 196")
+        assert step.weight_reads == 2 * config.vm_cpt.batch // devices
 
 
 def test_bytes_of_a_chip():
@@ -106,6 +138,27 @@ def test_a_refusal_is_read():
     largest, temporaries = read_refusal(message, argument_bytes=2**30)
     assert temporaries == int(30.5 * 2**30)
     assert largest == "the compiler's largest: 12.00G jit(step)/dot_general; 512.00M bf16[5,6]{1,0}"
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO"
+        " temporaries (32.05G) exceeds available HBM (31.25G)."
+    )
+    assert read_refusal(message, argument_bytes=2**30)[1] == int(31.05 * 2**30)
+
+
+def test_what_the_compiler_allots():
+    @dataclasses.dataclass
+    class Stats:
+        argument_size_in_bytes: int = 100
+        output_size_in_bytes: int = 90
+        alias_size_in_bytes: int = 80
+        temp_size_in_bytes: int = 60
+        peak_memory_in_bytes: int = 150
+        generated_code_size_in_bytes: int = 3
+
+    assert allotted_bytes(Stats(), "tpu") == {"argument": 100, "output": 10, "temp": 40 + 3}
+    assert allotted_bytes(Stats(), "gpu") == {"argument": 100, "output": 10, "temp": 60 + 3}
+    unknown = dataclasses.replace(Stats(), peak_memory_in_bytes=0)
+    assert allotted_bytes(unknown, "tpu")["temp"] == 60 + 3
 
 
 def test_the_floor_is_the_slower_of_work_and_memory():
@@ -181,6 +234,26 @@ def test_what_is_large_is_told():
     assert "weights 1.00 GiB" in text and "9G dot" in text
     lines = preflight.table([one], CHIPS["H100"], 2**31)
     assert len({len(line) for line in lines}) == 1 and "200 %" in lines[1]
+
+
+def test_what_takes_less_is_told(config):
+    def told(name):
+        return preflight.remedies(config, dataclasses.replace(EMPTY, program=name))
+
+    config = config.copy_and_resolve_references()
+    config.vm_cpt.moment_dtype = config.rl.moment_dtype = "float32"
+    config.remat, config.vm_cpt.micro_batches = "none", 2
+    assert told("vm_cpt/step 196")[:3] == [
+        "--config.vm_cpt.micro_batches=0 (one row a device at a time)",
+        "--config.remat=full",
+        "--config.vm_cpt.moment_dtype=bfloat16",
+    ]
+    config.remat, config.rl.moment_dtype, config.rl.micro_batches = "full", "bfloat16", 0
+    assert told("rl/update 112")[-1] == "more chips"
+    assert not any("rl.m" in text or "remat" in text for text in told("rl/update 112"))
+    assert not any("moment" in text for text in told("cot_sft/step 196"))
+    assert "sample_prompts than" in told("rl/aware decode")[0]
+    assert "eval.rows than 96" in told("evaluate/free decode")[0]
 
 
 @pytest.mark.parametrize("topology", ["v5p", "v5p:", "v5p-8", "2x2", "v5p:2x2x", "tpu:2x2"])

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from trimpi_jax.sharding import make_mesh
 from trimpi_jax.stages.train_state import (
     OptimizerSettings,
     accumulate_gradients,
@@ -227,3 +228,13 @@ def test_micro_batches_add_up_to_the_whole():
 def test_rows_that_do_not_split_are_an_error():
     with pytest.raises(ValueError, match="7 rows do not split into 2 micro-batches"):
         split_micro_batches({"x": jnp.zeros((7, 2))}, 2)
+
+
+def test_micro_batches_0_are_one_row_a_device():
+    rows = jnp.arange(8)
+    assert split_micro_batches(rows, 0).tolist() == [[row] for row in range(8)]
+    with jax.set_mesh(make_mesh(1, 4, 1, devices=jax.devices()[:4])):
+        parts = split_micro_batches(rows, 0)  # a device has neighbours: (0 1) (2 3) (4 5) (6 7)
+    assert parts.tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    with pytest.raises(ValueError, match="must be 0"):
+        split_micro_batches(rows, -1)

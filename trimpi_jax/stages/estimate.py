@@ -1,7 +1,8 @@
 """What a program needs: bytes per chip from the compiler, products from its jaxpr, the least time.
 
-    bytes    arguments + outputs - donated + temporaries + code, as XLA allots them, and beside them
-             what the stage keeps on the device that this program does not take
+    bytes    arguments + outputs - donated + temporaries + code, as XLA allots them (on TPU the peak
+             by which its compiler takes or refuses a program), and beside them what the stage keeps
+             on the device that this program does not take
     FLOPs    2 per multiply-add of every matrix product, loops counted as often as they run
     floor    max(FLOPs / peak FLOP/s, bytes that must move / peak bandwidth): no program is faster
 
@@ -133,10 +134,7 @@ def estimate(
             raise
         refused, numbers["temp"] = read_refusal(str(error), taken)
     else:
-        allotted: Any = compiled.memory_analysis()
-        numbers["argument"] = allotted.argument_size_in_bytes
-        numbers["output"] = allotted.output_size_in_bytes - allotted.alias_size_in_bytes
-        numbers["temp"] = allotted.temp_size_in_bytes + allotted.generated_code_size_in_bytes
+        numbers = allotted_bytes(compiled.memory_analysis(), mesh.devices.flat[0].platform)
         outputs = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), outputs),
@@ -156,6 +154,27 @@ def estimate(
         refused=refused,
     )
     return found, outputs
+
+
+def allotted_bytes(stats: Any, platform: str) -> dict[str, int]:
+    """ "argument", "output" (not over donated arguments) and "temp" (code among it) of a program.
+
+    XLA:TPU takes or refuses a program by its peak: one whose `temp_size_in_bytes` and arguments add
+    up to 33.6 GiB compiles for a chip of 31.25 where the peak is 28.7, and with a peak of 32.05 the
+    refusal names just that. On other platforms the temporaries are one block of that size.
+
+    Args:
+      stats: `compiled.memory_analysis()`.
+      platform: of the devices.
+    """
+    arguments = stats.argument_size_in_bytes
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    temporaries = stats.temp_size_in_bytes
+    peak = getattr(stats, "peak_memory_in_bytes", 0)
+    if platform == "tpu" and peak:
+        temporaries = max(peak - arguments - outputs, 0)
+    code = stats.generated_code_size_in_bytes
+    return {"argument": arguments, "output": outputs, "temp": temporaries + code}
 
 
 def bytes_per_chip(tree: Any) -> int:
@@ -198,10 +217,11 @@ def decode_parameters(model: VLMConfig) -> int:
 def read_refusal(message: str, argument_bytes: int) -> tuple[str, int]:
     """(the compiler's largest allocations, its temporaries) from an out-of-memory error.
 
-    XLA:TPU says "Used 31.21G of 15.75G hbm"; what is not arguments of that are temporaries.
+    XLA:TPU says "Used 31.21G of 15.75G hbm" or, arguments among it, "the total memory required for
+    HLO temporaries (31.21G)"; what is not arguments of that are temporaries.
     """
     scale = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
-    used = re.search(r"Used ([\d.]+)([KMGT]) of", message)
+    used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])", message)
     total = float(used[1]) * scale[used[2]] if used else math.nan
     sizes = re.findall(
         r"Size: ([\d.]+[KMGT]?).*?(?:Operator: op_name=\"([^\"]*)\"|Shape: (\S+))",

@@ -48,6 +48,7 @@ from trimpi_jax.stages.run_settings import (
 )
 from trimpi_jax.stages.supervised import make_supervised_step
 from trimpi_jax.stages.train_state import (
+    count_micro_batches,
     init_train_state,
     join_params,
     make_optimizer,
@@ -165,7 +166,7 @@ def _supervised_programs(config, model, mesh, stage, params) -> Programs:
             arguments=(state, batch),
             held=_state_parts(state) | {"batch": batch},
             tokens=rows * tokens,
-            weight_reads=_training_reads(config, settings),
+            weight_reads=_passes(settings, rows, mesh) * _reads_of_training(config),
         )
 
 
@@ -239,7 +240,8 @@ def _rl_programs(config, model, mesh, vocabulary, params) -> Programs:
                 arguments=given,
                 held=held | {"batch": given[1:]},
                 tokens=slots,
-                weight_reads=1.0 if name == "score" else _training_reads(config, settings),
+                weight_reads=_passes(settings, count, mesh)
+                * (1.0 if name == "score" else _reads_of_training(config)),
             )
 
 
@@ -429,9 +431,15 @@ def _whole(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def _training_reads(config, settings) -> float:
+def _passes(settings, rows: int, mesh: Mesh) -> int:
+    """How often a step goes through the model: once for every part of its batch."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    return count_micro_batches(settings.micro_batches, rows, devices)
+
+
+def _reads_of_training(config) -> float:
     """Forward and backward, and once more where layers are computed again."""
-    return settings.micro_batches * (2.0 if config.remat == "none" else 3.0)
+    return 2.0 if config.remat == "none" else 3.0
 
 
 def _state_parts(state) -> dict[str, Tree]:

@@ -37,7 +37,7 @@ class StepSettings:
 
     trainable: str
     dtype: str = "float32"
-    micro_batches: int = 1
+    micro_batches: int = 1  # parts of a batch, one after the other; 0 = one row a device at a time
     remat: str = "none"  # one of models.layers.REMAT
     logprob_chunk: int = 2048  # tokens a device whose logits exist at a time: 1.2 GB at V = 152k
 

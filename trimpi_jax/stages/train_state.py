@@ -232,13 +232,17 @@ def split_micro_batches(batch: Any, count: int) -> Any:
 
     A device holds neighbouring rows, so every part has rows of every device and none has to move.
 
+    Args:
+        batch: leaves lead with the rows.
+        count: parts; 0 = as many as `count_micro_batches` says.
+
     Raises:
         ValueError: the rows do not split, or a part has no row for some device of the mesh.
     """
-    rows = jax.tree.leaves(batch)[0].shape[0]
+    rows, degree = jax.tree.leaves(batch)[0].shape[0], batch_degree()
+    count = count_micro_batches(count, rows, degree)
     if rows % count:
         raise ValueError(f"{rows} rows do not split into {count} micro-batches")
-    degree = batch_degree()
     if count > 1 and rows // count % degree:
         raise ValueError(
             f"{rows} rows in {count} micro-batches are {rows // count} rows at a time, not a"
@@ -248,6 +252,17 @@ def split_micro_batches(batch: Any, count: int) -> Any:
     return jax.tree.map(
         lambda x: x.reshape(rows // count, count, *x.shape[1:]).swapaxes(0, 1), batch
     )
+
+
+def count_micro_batches(setting: int, rows: int, devices: int) -> int:
+    """Parts of a batch: the setting, or for 0 so many that a device works on one row at a time.
+
+    Raises:
+        ValueError: a negative setting.
+    """
+    if setting < 0:
+        raise ValueError(f"micro_batches must be 0 (one row a device) or more, got {setting}")
+    return setting or max(rows // devices, 1)
 
 
 def _wide(dtype: Any) -> Any:
