@@ -38,6 +38,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.row_buckets = (196, 328)  # tokens of prompt + completion
     config.max_new_tokens = 112
     config.save_every = 25
+    config.keep_last = 2  # newest checkpoints that stay
+    config.checkpoint_dir = ""  # "" = in the workdir; or a folder, or gs://bucket/run
     config.log_every = 10
     config.data_workers = 0  # processes that decode and encode ahead of the step; 0 = a thread
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
@@ -96,6 +98,9 @@ def make_optimizer_section(learning_rate: float, warmup_steps: int) -> ConfigDic
     section.clip_norm = 1.0
     section.moment_dtype = "float32"  # or "bfloat16": half the optimizer's memory
     section.micro_batches = 1  # 0 = as many as it takes for one row a device at a time
+    section.keep_best = 0  # checkpoints that stay beside the newest, by
+    section.best_metric = ""  # "highest evaluation/main_accuracy", "lowest train/loss", ...
+    section.result = "last"  # the checkpoint that the stage hands on; or "best"
     return section
 
 

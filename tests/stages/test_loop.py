@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
+from trimpi_jax.io.checkpoints import Keep, saved_steps
 from trimpi_jax.io.metrics import append_metrics, read_metrics
 from trimpi_jax.io.progress import Progress
 from trimpi_jax.stages import loop
@@ -24,10 +25,11 @@ class Item(NamedTuple):
 class Toy:
     """A stream of numbers, a state that depends on all of them in order, and a list of events."""
 
-    def __init__(self, folder, num_steps=6, save_every=2, breaks_at=None, stops_at=None):
+    def __init__(self, folder, num_steps=6, save_every=2, breaks_at=None, stops_at=None, **more):
         self.settings = loop.LoopSettings(
-            "toy", folder, num_steps, save_every, log_every=3, evaluate_every=2
+            "toy", folder, num_steps, save_every, log_every=3, evaluate_every=2, **more
         )
+        self.measured = {}  # step -> what an evaluation finds
         self.place, self.events = 0, []
         self.breaks_at, self.stops_at = breaks_at, stops_at
         self.said = []
@@ -55,6 +57,7 @@ class Toy:
 
     def evaluate(self, state, step):
         self.events.append(f"evaluate {step}")
+        return {"evaluation/main_accuracy": self.measured.get(step, 0.0)}
 
     def is_finished(self):
         return False
@@ -213,3 +216,68 @@ def test_metrics_are_plain_json_even_where_a_number_is_not(tmp_path):
 
 def test_no_metrics_yet_is_an_empty_list(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+BY_EVALUATION = Keep(last=1, best=1, metric="evaluation/main_accuracy", result="best")
+
+
+def test_the_best_evaluation_is_kept_and_handed_on(tmp_path):
+    toy = Toy(tmp_path, save_every=6, keep=BY_EVALUATION)
+    toy.measured = {2: 0.5, 4: 0.75, 6: 0.25}
+    state = toy.run()
+    # saved where it was evaluated, though save_every is 6; the last step is a candidate, too
+    assert [event for event in toy.events if event[:2] in ("ev", "sa")] == [
+        *("save 0", "evaluate 2", "save 2", "evaluate 4", "save 4", "evaluate 6", "save 6")
+    ]
+    assert saved_steps(tmp_path / "checkpoints") == [4, 6]
+    assert float(state["total"]) == 58  # 3 (3 (3 (1) + 2) + 3) + 4: the state before step 4
+    assert "step 4 of 6 is handed on, with evaluation/main_accuracy 0.75" in toy.said[-1]
+    again = Toy(tmp_path, save_every=6, keep=BY_EVALUATION)
+    assert float(again.run()["total"]) == 58  # a start after the end finds the same
+    assert not [event for event in again.events if event[:2] in ("ev", "st")]
+
+
+def test_the_last_is_handed_on_unless_the_best_is_asked_for(tmp_path):
+    keep = Keep(last=1, best=1, metric="evaluation/main_accuracy")
+    toy = Toy(tmp_path, keep=keep)
+    toy.measured = {2: 1.0}
+    assert float(toy.run()["total"]) == 543
+    assert saved_steps(tmp_path / "checkpoints") == [2, 6]
+
+
+def test_a_metric_of_steps_is_judged_by_its_mean_since_the_last_checkpoint(tmp_path):
+    # losses 1, 1/2 before step 2; 1/3, 1/4 before 4; 1/5, 1/6 before 6: the first mean is highest
+    keep = Keep(last=1, best=1, metric="train/loss", highest=True, result="best")
+    toy = Toy(tmp_path, keep=keep)
+    assert float(toy.run()["total"]) == 5  # 3 (1) + 2
+    assert "step 2 of 6 is handed on, with train/loss 0.75" in toy.said[-1]
+
+
+def test_an_unknown_metric_is_told_at_the_first_step_with_those_that_are_there(tmp_path):
+    toy = Toy(tmp_path / "a", keep=Keep(best=1, metric="train/los"))
+    with pytest.raises(ValueError, match=r"no metric 'train/los' .*'train/loss'"):
+        toy.run()
+    assert "step 2" not in toy.events
+    toy = Toy(tmp_path / "b", keep=Keep(best=1, metric="evaluation/main_acuracy"))
+    with pytest.raises(ValueError, match=r"'evaluation/main_acuracy' .*'evaluation/main_accuracy'"):
+        toy.run()
+
+
+def test_checkpoints_may_lie_elsewhere(tmp_path):
+    Toy(tmp_path / "run", checkpoints=str(tmp_path / "elsewhere")).run()
+    assert saved_steps(tmp_path / "elsewhere") == [4, 6]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_start_that_lost_its_folder_saves_no_more(tmp_path):
+    calls = []
+
+    def lost():
+        calls.append(1)
+        if len(calls) == 3:
+            raise ValueError("was taken over")
+
+    toy = Toy(tmp_path, check_claim=lost)
+    with pytest.raises(ValueError, match="was taken over"):
+        toy.run()
+    assert saved_steps(tmp_path / "checkpoints") == [0, 2]

@@ -1,37 +1,152 @@
 """Orbax checkpoints of a stage: training state on the device, data position on the host.
 
-A checkpoint is atomic (a killed save leaves the previous one), asynchronous, and holds everything a
-resumed stage needs to take the identical next step: parameters, optimizer state, step, the stream's
-state, and the metrics kept for the report.
+A checkpoint is atomic (a killed or failed save leaves the previous one), asynchronous, and holds
+everything a resumed stage needs to take the identical next step: parameters, optimizer state, step,
+the stream's state, and the metrics kept for the report. It lies in a folder or in an object store
+(io/storage.py); Orbax writes both.
 
-Source: orbax-checkpoint 0.12 CheckpointManager.
+The last `Keep.last` stay, for going on; and, of those with a score, the best `Keep.best`.
+
+Source: orbax-checkpoint 0.12 CheckpointManager and its preservation policies.
 Next: trimpi_jax/io/metrics.py
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from trimpi_jax.io.storage import free_bytes, open_folder
+
+SCORE = "score"  # the one metric that is saved with a checkpoint
+DISK_IS_FULL = ("No space left", "RESOURCE_EXHAUSTED", "Disk quota", "File too large", "ENOSPC")
 
 
-def open_checkpoints(folder: str | Path, *, keep: int = 2) -> ocp.CheckpointManager:
-    """A manager of `folder` that keeps the last `keep` checkpoints."""
+class CheckpointFailed(OSError):
+    """A checkpoint could not be written; those before it are whole."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay, and which one a stage hands on."""
+
+    last: int = 2
+    best: int = 0  # so many more, by score
+    metric: str = ""  # the score: mean since the checkpoint before, or of an evaluation
+    highest: bool = True  # a high score is good
+    result: str = "last"  # or "best"
+
+    @property
+    def count(self) -> int:
+        """Most checkpoints that are on the disk at a time, the one being written among them."""
+        return self.last + self.best + 1
+
+
+def open_checkpoints(folder: str | os.PathLike, keep: Keep | None = None) -> ocp.CheckpointManager:
+    """A manager of `folder` that keeps what `keep` says."""
+    keep = keep or Keep()
+    kept: list[Any] = [policies.LatestN(keep.last)]
+    if keep.best:
+        kept.append(
+            policies.BestN(
+                get_metric_fn=_score,
+                reverse=not keep.highest,
+                n=keep.best,
+                keep_checkpoints_without_metrics=False,
+            )
+        )
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, create=True, enable_async_checkpointing=True
+        preservation_policy=policies.AnyPreservationPolicy(kept),
+        best_fn=_score if keep.best else None,
+        best_mode="max" if keep.highest else "min",
+        create=True,
+        cleanup_tmp_directories=True,  # what a killed or failed save left
+        enable_async_checkpointing=True,
     )
-    return ocp.CheckpointManager(Path(folder).resolve(), options=options)
+    return ocp.CheckpointManager(open_folder(folder), options=options)
 
 
-def save_checkpoint(manager: ocp.CheckpointManager, step: int, state: Any, host: dict) -> None:
-    """Save `state` (a tree of arrays) and `host` (JSON-able) as checkpoint `step`."""
+def save_checkpoint(
+    manager: ocp.CheckpointManager, step: int, state: Any, host: dict, score: float | None = None
+) -> None:
+    """Save `state` (a tree of arrays) and `host` (JSON-able) as checkpoint `step`.
+
+    Writing goes on after the return; a failure is told by the next call of this or of
+    `finish_saves`.
+
+    Raises:
+        CheckpointFailed: this one, or the one before.
+    """
     if step in manager.all_steps():
         return
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host))
-    manager.save(step, args=args)
+    with _telling(manager):
+        manager.save(step, args=args, metrics=None if score is None else {SCORE: float(score)})
+
+
+def finish_saves(manager: ocp.CheckpointManager) -> None:
+    """Wait until everything is written.
+
+    Raises:
+        CheckpointFailed: it cannot be.
+    """
+    with _telling(manager):
+        manager.wait_until_finished()
+
+
+@contextlib.contextmanager
+def closing(manager: ocp.CheckpointManager) -> Iterator[ocp.CheckpointManager]:
+    """Closes a manager at the end; a failed save does not hide the error that ended the body."""
+    try:
+        yield manager
+    except BaseException:
+        with contextlib.suppress(Exception):
+            manager.close()
+        raise
+    else:
+        with _telling(manager):
+            manager.close()
+
+
+@contextlib.contextmanager
+def _telling(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Turns what Orbax and TensorStore raise into one message."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointFailed(_failure(error, str(manager.directory))) from error
+
+
+def _failure(error: Exception, folder: str) -> str:
+    whole, left = [], None
+    with contextlib.suppress(Exception):  # the store may be out of reach now
+        whole, left = saved_steps(folder), free_bytes(folder)
+    text = " ".join(str(error).split())
+    reason = "the disk is full" if any(sign in text for sign in DISK_IS_FULL) else "it failed"
+    room = "" if left is None else f" {left / 2**30:.2f} GiB are free."
+    good = f"checkpoint {whole[-1]} is whole" if whole else "no checkpoint was written before"
+    return (
+        f"a checkpoint could not be written to {folder}: {reason} ({text[:400]}).{room} Nothing"
+        f" else is lost: {good}. Make room, then start the same command again"
+    )
+
+
+def _score(metrics: Any) -> float:
+    return metrics[SCORE]
+
+
+def best_step(manager: ocp.CheckpointManager) -> int | None:
+    """The checkpoint with the best score, the later one of equals; None when none has a score."""
+    if not any(manager.metrics(step) for step in manager.all_steps()):
+        return None
+    return manager.best_step()
 
 
 def restore_latest(manager: ocp.CheckpointManager, state: Any) -> tuple[Any, dict, int] | None:
@@ -45,6 +160,11 @@ def restore_latest(manager: ocp.CheckpointManager, state: Any) -> tuple[Any, dic
     step = manager.latest_step()
     if step is None:
         return None
+    return *restore_step(manager, step, state), step
+
+
+def restore_step(manager: ocp.CheckpointManager, step: int, state: Any) -> tuple[Any, dict]:
+    """(state, host dict) of one checkpoint; `state` as in `restore_latest`."""
     template = jax.tree.map(_abstract, state)
     restored = manager.restore(
         step,
@@ -52,7 +172,7 @@ def restore_latest(manager: ocp.CheckpointManager, state: Any) -> tuple[Any, dic
             state=ocp.args.StandardRestore(template), host=ocp.args.JsonRestore()
         ),
     )
-    return restored["state"], restored["host"], step
+    return restored["state"], restored["host"]
 
 
 def _abstract(leaf: Any) -> Any:
@@ -61,20 +181,27 @@ def _abstract(leaf: Any) -> Any:
     return leaf
 
 
-def saved_steps(folder: str | Path) -> list[int]:
+def saved_steps(folder: str | os.PathLike) -> list[int]:
     """The steps of the whole checkpoints in a folder, also in one that is being written to."""
-    folder = Path(folder)
-    if not folder.is_dir():
+    place = open_folder(folder)
+    if not place.is_dir():
         return []
     return sorted(
         int(path.name)
-        for path in folder.iterdir()
-        if path.name.isdigit() and (path / "_CHECKPOINT_METADATA").is_file()
+        for path in place.iterdir()
+        # the second is written first; in an object store the third is what makes it whole
+        if path.name.isdigit()
+        and (path / "_CHECKPOINT_METADATA").exists()
+        and (not _is_bucket(path) or (path / "commit_success.txt").exists())
     )
 
 
+def _is_bucket(path: Any) -> bool:
+    return os.fspath(path).startswith("gs://")
+
+
 def restore_params(
-    folder: str | Path, step: int, shardings_of: Callable[[Any], Any], dtype: Any = None
+    folder: str | os.PathLike, step: int, shardings_of: Callable[[Any], Any], dtype: Any = None
 ) -> Any:
     """The parameters of checkpoint `step`, without the optimizer's state.
 
@@ -84,7 +211,7 @@ def restore_params(
         shardings_of: from the tree of shapes to a sharding per parameter.
         dtype: of the restored parameters; None = as saved.
     """
-    item = Path(folder).resolve() / str(step) / "state"
+    item = open_folder(folder) / str(step) / "state"
     with ocp.PyTreeCheckpointer() as checkpointer:
         saved = checkpointer.metadata(item).item_metadata.tree["params"]
         shapes = jax.tree.map(

@@ -37,6 +37,7 @@ from trimpi_jax.models.peft_adapter import save_adapter, set_adapter_base
 from trimpi_jax.models.processor import load_processor
 from trimpi_jax.sharding import make_mesh, param_shardings
 from trimpi_jax.stages.model_files import base_of_stage, model_folder, write_aside
+from trimpi_jax.stages.saving import checkpoint_folder
 
 
 class Stage(NamedTuple):
@@ -54,6 +55,11 @@ class Stage(NamedTuple):
     @property
     def folder(self) -> Path:
         return self.workdir / f"{self.number}_{self.name}"
+
+    @property
+    def checkpoints(self) -> str:
+        """Where its checkpoints lie while it runs."""
+        return checkpoint_folder(self.config, self.folder)
 
     @property
     def has_lora(self) -> bool:
@@ -121,18 +127,16 @@ def find_stage(checkpoint: Path, *, adapter: bool = False) -> Stage | None:
         names = [f"{i}_{name}" for i, name in enumerate(config["stages"], start=1)]
         if folder.name in names:
             stage = Stage(folder.parent, config, names.index(folder.name) + 1, step)
-            if step is None and not _has_model(folder) and not saved_steps(folder / "checkpoints"):
+            saved = saved_steps(stage.checkpoints)
+            if step is None and not _has_model(folder) and not saved:
                 raise ValueError(f"{folder} has neither a model nor a checkpoint yet.")
-            if step is not None and step not in saved_steps(folder / "checkpoints"):
-                raise ValueError(
-                    f"{folder} has no checkpoint {step}; it has"
-                    f" {saved_steps(folder / 'checkpoints')}."
-                )
+            if step is not None and step not in saved:
+                raise ValueError(f"{folder} has no checkpoint {step}; it has {saved}.")
             return stage
     if config := run_config(folder):
         for number in range(len(config["stages"]), 0, -1):
             stage = Stage(folder, config, number, None)
-            if _has_model(stage.folder) or saved_steps(stage.folder / "checkpoints"):
+            if _has_model(stage.folder) or saved_steps(stage.checkpoints):
                 return stage
         raise ValueError(f"{folder} is a run, but none of its stages has saved anything yet.")
     if (folder / "config.json").is_file():
@@ -189,7 +193,7 @@ def _export_checkpoint(stage: Stage, out, adapter, dtype, max_shard_bytes) -> st
         max_pixels=stage.config.get("max_pixels", 0),
     )
     if stage.step is None:
-        stage = stage._replace(step=max(saved_steps(stage.folder / "checkpoints")))
+        stage = stage._replace(step=max(saved_steps(stage.checkpoints)))
     step, model = stage.step, with_stage_lora(stage, model)
     params = restore_stage(stage, model)
     where = f"step {step} of {stage.folder}"
@@ -236,7 +240,7 @@ def restore_stage(stage: Stage, model: VLMConfig, mesh: jax.sharding.Mesh | None
             return param_shardings(axes, mesh, shapes)
         return _shardings(axes, shapes)
 
-    return restore_params(stage.folder / "checkpoints", stage.step, shardings)
+    return restore_params(stage.checkpoints, stage.step, shardings)
 
 
 def read_checkpoint(stage: Stage, model: VLMConfig, mesh: jax.sharding.Mesh) -> Any:

@@ -6,7 +6,9 @@ is ever saved.
 
 The data iterator moves only after a save, so a checkpoint and the iterator's state always belong
 together and a resumed run takes the identical next step. Ctrl-C and SIGTERM finish the step, save,
-and end the program with a line that says how to go on; a kill loses at most `save_every` steps.
+and end the program with status 75 and a line that says how to go on; a kill loses at most
+`save_every` steps. Of several processes one that gets SIGTERM is enough: JAX's preemption service
+tells the others, and all stop before the same step.
 
 Next: trimpi_jax/stages/sft.py
 """
@@ -15,16 +17,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
-from trimpi_jax.io.checkpoints import open_checkpoints, restore_latest, save_checkpoint
+from trimpi_jax.io.checkpoints import (
+    Keep,
+    best_step,
+    closing,
+    finish_saves,
+    open_checkpoints,
+    restore_latest,
+    restore_step,
+    save_checkpoint,
+)
 from trimpi_jax.io.metrics import append_metrics
 from trimpi_jax.io.progress import Progress
 
@@ -38,6 +51,9 @@ class NonFiniteLoss(RuntimeError):
 
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: a launcher may start the same command again
+EVALUATION = "evaluation/"  # metrics that an evaluation finds, not a step
+# JAX wants a number that goes up by one with every question, over all stages of a process
+_QUESTIONS = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +66,9 @@ class LoopSettings:
     save_every: int
     log_every: int = 10
     evaluate_every: int = 0  # 0 = never; not at the start and the end, which the stage's owner does
+    keep: Keep = dataclasses.field(default_factory=Keep)
+    checkpoints: str = ""  # where they lie; "" = in the folder
+    check_claim: Callable[[], None] = lambda: None  # raises when they are another run's by now
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +89,10 @@ def run(
     source: Source,
     take_step: StepFunction,
     progress: Progress,
-    evaluate: Callable[[Any, int], None] = lambda state, step: None,
+    evaluate: Callable[[Any, int], Mapping[str, Any] | None] = lambda state, step: None,
     is_finished: Callable[[], bool] = lambda: False,
 ) -> Any:
-    """Train to `num_steps` and return the last state; continues from the newest checkpoint.
+    """Train to `num_steps` and return the last state, or the best; goes on from the newest one.
 
     Args:
         settings: see `LoopSettings`.
@@ -82,52 +101,80 @@ def run(
         take_step: (state, step, examples) -> (state, metrics); metrics may be device arrays,
             "train/loss" is checked to be finite.
         progress: where bars and lines go.
-        evaluate: called every `evaluate_every` steps with the state and the step, before a save.
+        evaluate: called every `evaluate_every` steps with the state and the step, before a save;
+            may return its metrics, one of which may be the score of a checkpoint.
         is_finished: asked after every step, and after a restore; True ends the stage early.
 
     Raises:
         NonFiniteLoss: naming the step and its examples.
         Stopped: after SIGINT or SIGTERM, when everything is saved.
+        CheckpointFailed: the disk is full, or the store out of reach; what was saved is whole.
+        ValueError: `keep.metric` is none that the stage has.
     """
-    manager = open_checkpoints(settings.folder / "checkpoints")
+    manager = open_checkpoints(
+        settings.checkpoints or settings.folder / "checkpoints", settings.keep
+    )
     first = 0
     restored = restore_latest(manager, state)
     if restored is not None:
         state, host, first = restored
         source.restore_place(host["source"])
         progress.say(f"{settings.name}: continuing at step {first} of {settings.num_steps}")
-    try:
-        with _stop_requests() as stop, progress.task(settings.name, settings.num_steps) as bar:
-            bar(first, {})
-            late = _LateMetrics(settings, manager, progress, bar)
-            last = first
-            for step in range(first, settings.num_steps):
-                if is_finished():
-                    progress.say(f"{settings.name}: ended early, at step {step}")
-                    break
-                if _is_due(step, settings.evaluate_every) and not stop:
-                    late.flush()
-                    evaluate(state, step)
-                if step % settings.save_every == 0 or stop:
-                    late.flush()
-                    save_checkpoint(manager, step, state, {"source": source.save_place()})
-                if stop:
-                    manager.wait_until_finished()
-                    progress.say(
-                        f"{settings.name}: stopped and saved at step {step}; start the same"
-                        " command again to continue"
-                    )
-                    raise Stopped(EXIT_STOPPED)
-                examples = source.fetch(step)
-                late.start()
-                state, metrics = take_step(state, step, examples)
-                late.put(step, metrics, examples)
-                last = step + 1
-            late.flush()
-            save_checkpoint(manager, last, state, {"source": source.save_place()})
-            manager.wait_until_finished()
-    finally:
-        manager.close()
+    score = _Score(settings.keep)
+    scored_by_evaluation = settings.keep.metric.startswith(EVALUATION)
+
+    def save(step: int) -> None:
+        if step not in manager.all_steps():
+            settings.check_claim()
+        save_checkpoint(manager, step, state, {"source": source.save_place()}, score.take())
+
+    with (
+        closing(manager),
+        _StopRequests() as stop,
+        progress.task(settings.name, settings.num_steps) as bar,
+    ):
+        bar(first, {})
+        late = _LateMetrics(settings, manager, progress, bar, score)
+        last = first
+        for step in range(first, settings.num_steps):
+            if is_finished():
+                progress.say(f"{settings.name}: ended early, at step {step}")
+                break
+            is_asked = stop.is_asked()
+            is_scored = False
+            if _is_due(step, settings.evaluate_every) and not is_asked:
+                late.flush()
+                is_scored = score.add_evaluation(evaluate(state, step))
+            if step % settings.save_every == 0 or is_asked or is_scored:
+                late.flush()
+                save(step)
+            if is_asked:
+                finish_saves(manager)
+                progress.say(
+                    f"{settings.name}: stopped and saved at step {step}; start the same"
+                    " command again to continue"
+                )
+                raise Stopped(EXIT_STOPPED)
+            examples = source.fetch(step)
+            late.start()
+            state, metrics = take_step(state, step, examples)
+            late.put(step, metrics, examples)
+            last = step + 1
+        late.flush()
+        if scored_by_evaluation and last not in manager.all_steps():
+            score.add_evaluation(evaluate(state, last))
+        save(last)
+        finish_saves(manager)
+        if settings.keep.result == "best":
+            best = best_step(manager)
+            if best is None:
+                raise ValueError(f"{settings.name}: no checkpoint has a {settings.keep.metric}")
+            progress.say(
+                f"{settings.name}: step {best} of {last} is handed on, with"
+                f" {settings.keep.metric} {manager.metrics(best)['score']:.4g}"
+            )
+            if best != last:
+                state, _ = restore_step(manager, best, state)
     return state
 
 
@@ -138,8 +185,9 @@ def _is_due(step: int, every: int) -> bool:
 class _LateMetrics:
     """Holds the metrics of one step until the next has been dispatched, then tells them."""
 
-    def __init__(self, settings: LoopSettings, manager: Any, progress: Progress, bar: Any):
+    def __init__(self, settings: LoopSettings, manager: Any, progress: Progress, bar: Any, score):
         self.settings, self.manager, self.progress, self.bar = settings, manager, progress, bar
+        self.score = score
         self.waiting: tuple[int, Mapping[str, Any], Any] | None = None
         self.since: float | None = None  # when the time of the waiting step began to count
 
@@ -171,6 +219,7 @@ class _LateMetrics:
         settings = self.settings
         _check_finite(settings, self.manager, step, metrics, examples)
         line = append_metrics(settings.folder / "metrics.jsonl", step, metrics)
+        self.score.add_step(line)
         if dropped := line.get("inputs/dropped_too_long"):
             self.progress.say(
                 f"{settings.name} step {step}: {dropped} examples fit no bucket and were left out"
@@ -197,22 +246,71 @@ def _check_finite(settings, manager, step: int, metrics: Mapping[str, Any], exam
         )
 
 
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """A list that is empty until SIGINT or SIGTERM arrives; a second SIGINT stops at once."""
-    received: list[int] = []
+class _Score:
+    """What the next checkpoint is judged by: of an evaluation, or the mean of the steps before."""
 
-    def note(signum: int, frame: Any) -> None:
-        if received and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(signum)
+    def __init__(self, keep: Keep):
+        self.keep, self.seen = keep, []
 
-    previous = {}
-    with contextlib.suppress(ValueError):  # not in the main thread (tests): no handlers
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
+    def add_step(self, line: Mapping[str, Any]) -> None:
+        """The numbers of a step."""
+        metric = self.keep.metric
+        if not metric or metric.startswith(EVALUATION):
+            return
+        _check_metric(metric, line)
+        self.seen.append(float(line[metric]))
+
+    def add_evaluation(self, found: Mapping[str, Any] | None) -> bool:
+        """The numbers of an evaluation; whether they make a score."""
+        metric = self.keep.metric
+        if not metric.startswith(EVALUATION):
+            return False
+        _check_metric(metric, found or {})
+        self.seen = [float((found or {})[metric])]
+        return True
+
+    def take(self) -> float | None:
+        """The score of a checkpoint that is saved now."""
+        seen, self.seen = self.seen, []
+        return sum(seen) / len(seen) if seen else None
+
+
+def _check_metric(metric: str, found: Mapping[str, Any]) -> None:
+    if not isinstance(found.get(metric), int | float):
+        numbers = sorted(name for name, value in found.items() if isinstance(value, int | float))
+        raise ValueError(
+            f"there is no metric '{metric}' to choose the best by; there are {numbers}"
+        )
+
+
+class _StopRequests:
+    """Notices SIGINT and SIGTERM while it is open; a second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopRequests:
+        def note(signum: int, frame: Any) -> None:
+            if self.received and signum == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.received.append(signum)
+            if jax.process_count() > 1:
+                signal.raise_signal(signal.SIGTERM)  # to JAX's own handler, which tells the others
+
+        # of several processes JAX's preemption service has SIGTERM already
+        several = jax.process_count() > 1
+        with contextlib.suppress(ValueError):  # not in the main thread (tests): no handlers
+            for number in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, note)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self.previous.items():
             signal.signal(number, handler)
+
+    def is_asked(self) -> bool:
+        """Whether to stop before the coming step: the same answer on all processes."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(next(_QUESTIONS))
+        return bool(self.received)

@@ -20,6 +20,7 @@ import jax
 from ml_collections import ConfigDict
 
 from trimpi_jax.io.checkpoints import saved_steps
+from trimpi_jax.io.storage import open_folder
 from trimpi_jax.models.config import VLMConfig
 from trimpi_jax.models.hf_weights import check_weights, read_config
 from trimpi_jax.models.processor import Processor, load_processor
@@ -32,14 +33,14 @@ class ModelSource:
     """A model on disk. `stage` is None for a plain folder; `files` are what decides its weights."""
 
     given: Path
-    files: Path  # a Hugging Face folder, or a checkpoint's folder
+    files: Any  # a Hugging Face folder, or a checkpoint's folder (maybe in an object store)
     stage: Stage | None
     run: Path | None  # the run's folder that it lies in
 
     @property
     def is_checkpoint(self) -> bool:
         """Whether `files` is an Orbax checkpoint."""
-        return self.files.parent.name == "checkpoints"
+        return self.stage is not None and self.stage.step is not None
 
     def run_config(self) -> ConfigDict | None:
         """The config of the run; None for a plain folder."""
@@ -65,10 +66,9 @@ def find_model(given: Path) -> ModelSource:
         return ModelSource(given, given, None, None)
     files = stage.folder / "model"
     if stage.step is not None or not (files / "config.json").is_file():
-        checkpoints = stage.folder / "checkpoints"
-        step = max(saved_steps(checkpoints)) if stage.step is None else stage.step
+        step = max(saved_steps(stage.checkpoints)) if stage.step is None else stage.step
         stage = stage._replace(step=step)
-        files = checkpoints / str(step)
+        files = open_folder(stage.checkpoints) / str(step)
     return ModelSource(given, files, stage, stage.workdir)
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shutil
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -85,6 +84,13 @@ from trimpi_jax.stages.run_settings import (
     training_shapes,
     with_lora_scale,
 )
+from trimpi_jax.stages.saving import (
+    check_saving,
+    checkpoint_folder,
+    claim_checkpoints,
+    delete_checkpoints,
+    keep_settings,
+)
 from trimpi_jax.stages.sft import SPLITS, encode_sft_row
 from trimpi_jax.stages.suites import PAPER_SUITES, SUITES, Context
 from trimpi_jax.stages.supervised import make_supervised_step
@@ -112,6 +118,7 @@ class Run:
     mesh: jax.sharding.Mesh
     engine: Engine | None = None
     evaluator: Evaluator | None = None
+    check_claim: Callable[[], None] = lambda: None  # raises when another start saves there by now
 
 
 def run(config: ConfigDict, workdir: Path, progress: Progress | None = None) -> None:
@@ -141,6 +148,7 @@ def run(config: ConfigDict, workdir: Path, progress: Progress | None = None) -> 
     if isinstance(config.max_new_tokens, int):
         check_sampling(config)
     claim_workdir(config, workdir)
+    check_saving(config, model, workdir)
     with lock_workdir(workdir, progress.say):
         internalize(config, workdir, progress, model, processor, mesh)
 
@@ -166,6 +174,7 @@ def internalize(
         check_sampling(config)
         progress.say(f"sizes from the data: {describe_sizes(config)}")
     this = Run(config, workdir, progress, processor, model, mesh)
+    this.check_claim = claim_checkpoints(config, progress.say)
     with jax.set_mesh(mesh):
         this.engine = make_run_engine(this)
         this.evaluator = make_evaluator(this)
@@ -179,7 +188,7 @@ def internalize(
             else:
                 params = run_stage(this, params, stage, folder)
                 write_model(folder / "model", base, model, params, processor)
-                shutil.rmtree(folder / "checkpoints")
+                delete_checkpoints(config, folder)
             evaluate_stage(this, params, folder.name, folder / "model")
     if not (workdir / "final" / "config.json").is_file():
         write_model(workdir / "final", base, model, params, processor, stored_dtype(base))
@@ -342,6 +351,9 @@ def loop_settings(this: Run, stage: str, folder: Path, steps: int) -> loop.LoopS
         save_every=this.config.save_every,
         log_every=this.config.log_every,
         evaluate_every=this.config.eval.get("every_steps", 0),
+        keep=keep_settings(this.config, stage),
+        checkpoints=checkpoint_folder(this.config, folder),
+        check_claim=this.check_claim,
     )
 
 
@@ -446,8 +458,8 @@ def evaluate_stage(this: Run, params: Any, name: str, files: Path) -> None:
     this.progress.say(f"{name}: {_counts(results)}")
 
 
-def evaluate_step(this: Run, params: Any, folder: Path, number: int) -> None:
-    """The paper's suites in the middle of a stage; one line in `evaluations.jsonl`."""
+def evaluate_step(this: Run, params: Any, folder: Path, number: int) -> dict[str, Any]:
+    """The paper's suites in the middle of a stage; returns the line for `evaluations.jsonl`."""
     about = {"stage": folder.name, "step": number}
     place = folder / f"evaluation-step{number}"
     results = ask_suites(this, params, place, about, PAPER_SUITES)
@@ -458,6 +470,7 @@ def evaluate_step(this: Run, params: Any, folder: Path, number: int) -> None:
     }
     append_metrics(folder / "evaluations.jsonl", number, line)
     this.progress.say(f"{folder.name} step {number}: {_counts(results)}")
+    return line
 
 
 def check_suites(config: ConfigDict) -> None:
