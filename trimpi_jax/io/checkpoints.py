@@ -70,7 +70,11 @@ def open_checkpoints(folder: str | os.PathLike, keep: Keep | None = None) -> ocp
         cleanup_tmp_directories=True,  # what a killed or failed save left
         enable_async_checkpointing=True,
     )
-    return ocp.CheckpointManager(open_folder(folder), options=options)
+    manager = ocp.CheckpointManager(open_folder(folder), options=options)
+    # JAX's preemption service takes the last number that anyone asks about for the step that a
+    # process is at; the loop asks (stages/loop.py), and Orbax would ask with other numbers.
+    manager.reached_preemption = lambda step: False  # pyright: ignore[reportAttributeAccessIssue]
+    return manager
 
 
 def save_checkpoint(
