@@ -133,12 +133,14 @@ def _failure(error: Exception, folder: str) -> str:
     with contextlib.suppress(Exception):  # the store may be out of reach now
         whole, left = saved_steps(folder), free_bytes(folder)
     text = " ".join(str(error).split())
-    reason = "the disk is full" if any(sign in text for sign in DISK_IS_FULL) else "it failed"
+    is_full = any(sign in text for sign in DISK_IS_FULL)
+    reason = "the disk is full" if is_full else "it failed"
+    advice = "Make room" if is_full else "See that the folder can be written to"
     room = "" if left is None else f" {left / 2**30:.2f} GiB are free."
     good = f"checkpoint {whole[-1]} is whole" if whole else "no checkpoint was written before"
     return (
         f"a checkpoint could not be written to {folder}: {reason} ({text[:400]}).{room} Nothing"
-        f" else is lost: {good}. Make room, then start the same command again"
+        f" else is lost: {good}. {advice}, then start the same command again"
     )
 
 

@@ -124,9 +124,20 @@ def run(
     scored_by_evaluation = settings.keep.metric.startswith(EVALUATION)
 
     def save(step: int) -> None:
-        if step not in manager.all_steps():
+        is_new = step not in manager.all_steps()
+        if is_new:
             settings.check_claim()
+        started = time.perf_counter()
         save_checkpoint(manager, step, state, {"source": source.save_place()}, score.take())
+        if (
+            is_new and step == first
+        ):  # a store that takes no checkpoint is told before the first step
+            finish_saves(manager)
+            seconds = time.perf_counter() - started
+            progress.say(
+                f"{settings.name}: checkpoint {step} written in {seconds:.1f} s; a stop (SIGTERM)"
+                " takes as long, and the rest of a step"
+            )
 
     with (
         closing(manager),
