@@ -275,9 +275,9 @@ def describe(facts: Mapping[str, Any]) -> str:
     """The counts in words."""
     return (
         f"{facts['rollouts']} answers to {facts['questions']} questions,"
-        f" {facts['right']} right ({100 * facts['right_share']:.1f} %), of"
-        f" {facts['questions_answered']} questions; {facts['kept']} kept, {facts['kept_different']}"
-        f" of them different; dropped: {facts['rejected'] or 'none'}"
+        f" {facts['right']} right ({100 * facts['right_share']:.1f} %), to"
+        f" {facts['questions_answered']} of them; {facts['kept']} kept, {facts['kept_different']}"
+        f" different; dropped: {facts['rejected'] or 'none'}"
     )
 
 
