@@ -4,12 +4,14 @@
     python benchmarks/memory_table.py                          # what the stages keep; a minute
     python benchmarks/memory_table.py --compile 7b:v5p-8       # and one cell through the compiler
     python benchmarks/memory_table.py --compile '.*'           # all of them; hours on two cores
-    python benchmarks/memory_table.py --compile 3b:v5p-8 --programs rl/update
+    python benchmarks/memory_table.py --cells 3b:v5p-8 --compile '.*' --programs rl/update
 
 Figures go to benchmarks/memory_table.json (a compiled program keeps its figures while the flags of
 its cell stay what they were), the table to standard output. Every cell is `trimpi_jax.preflight`
 with the flags that are noted with it: all weights trained, one row a device and micro-batch,
-weights cut over all chips, over `tensor` as far as decoding needs it.
+weights cut over all chips, over `tensor` as far as decoding needs it. A compiled figure with
+`"by": "bound"` was taken before preflight read the compiler's peak: temporaries were the sum that
+XLA:TPU reports, which is never less; the table marks it "<".
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ MACHINES = {
     "v5p-64": ("v5p:2x4x4", 32, ""),
     "H100-80x8": ("v5p:2x2x2", 8, "H100"),
     "H200x1": ("v5p:2x2x1", 1, "H200"),
+    "H100-80x1": ("v5p:2x2x1", 1, "H100"),
 }
+CELLS = [(size, machine) for machine in list(MACHINES)[:6] for size in SIZES]
+CELLS = [*sorted(CELLS, key=lambda cell: SIZES.index(cell[0])), ("3b", "H100-80x1")]
 ROOM = 0.8  # of a chip: a step that takes at least this gets bfloat16 moments, decoding more tensor
 STEPS = ("vm_cpt/step 3328", "rl/update 384")
 DECODING = "rl/aware decode"
@@ -50,10 +55,8 @@ def flags_of(size: str, machine: str, moments: str, tensor: int) -> list[str]:
         flags += ["--chips", str(chips), "--stand_in_for", stand_in]
     if tensor > 1:
         flags.append(f"--config.mesh.tensor={tensor}")
-    for stage, rows in (("vm_cpt", 128), ("rl", 32)):
-        flags.append(f"--config.{stage}.micro_batches={max(rows * tensor // chips, 1)}")
-        if moments != "float32":
-            flags.append(f"--config.{stage}.moment_dtype={moments}")
+    for stage in ("vm_cpt", "rl") if moments != "float32" else ():
+        flags.append(f"--config.{stage}.moment_dtype={moments}")
     return flags
 
 
@@ -102,8 +105,7 @@ def account(size: str, machine: str, moments: str, tensor: int) -> dict:
     assert chip is not None
     mesh = make_mesh(1, -1, tensor, devices)
     config = qwen2_5_vl.get_config(f"size={size}")
-    for stage, rows in (("vm_cpt", 128), ("rl", 32)):
-        config[stage].micro_batches = max(rows * tensor // chips, 1)
+    for stage in ("vm_cpt", "rl"):
         config[stage].moment_dtype = moments
     kept, least = {}, {}
     for one in run_programs(config, RELEASES[size], mesh, RELEASES[size].text.vocab_size):
@@ -112,7 +114,8 @@ def account(size: str, machine: str, moments: str, tensor: int) -> dict:
         kept[one.name] = sum(bytes_per_chip(tree) for tree in one.held.values())
         if one.name in STEPS:
             weights = bytes_per_chip(one.held["weights"])  # float32
-            parts = config[one.name.split("/")[0]].micro_batches
+            rows = 128 if one.name == STEPS[0] else 32
+            parts = max(rows * tensor // chips, 1)
             # weights and gradients in bfloat16; float32 sums where there are parts to add
             least[one.name] = kept[one.name] + weights + (weights if parts > 1 else 0)
     return {
@@ -145,32 +148,32 @@ def table(figures: dict) -> list[str]:
         " update keeps | at least | compiled | decoding keeps | compiled | fits | compiled for |",
         "|" + "---|" * 15,
     ]
-    for size in SIZES:
-        for machine, (topology, _, stand_in) in MACHINES.items():
-            row = figures.get(f"{size}:{machine}")
-            if row is None:
-                continue
-            memory, compiled = row["memory_bytes"], row.get("compiled", {})
-            cells, totals = [], []
-            for program in PROGRAMS:
-                one = compiled.get(program)
-                totals.append(one["total_bytes"] if one else None)
-                cells.append(gib(row["kept"][program]))
-                if program in row["least"]:
-                    cells.append(gib(row["least"][program]))
-                cells.append(gib(totals[-1]) if totals[-1] else "-")
-            known = [*row["least"].values(), row["kept"][DECODING]]
-            known += [total for total in totals if total]
-            complete = "yes" if all(totals) else "not refused"
-            verdict = "no" if max(known) > memory else complete
-            source = topology if any(totals) else "-"
-            if any(totals) and stand_in:
-                source += ", in its place"
-            lines.append(
-                f"| {size.upper()} | {machine} | {gib(memory)} | {row['moments']} | "
-                f"{row['tensor']} | "
-                f"{' | '.join(cells)} | {verdict} | {source} |"
-            )
+    for size, machine in CELLS:
+        topology, _, stand_in = MACHINES[machine]
+        row = figures.get(f"{size}:{machine}")
+        if row is None:
+            continue
+        memory, compiled = row["memory_bytes"], row.get("compiled", {})
+        cells, totals = [], []
+        for program in PROGRAMS:
+            one = compiled.get(program)
+            totals.append(one["total_bytes"] if one else None)
+            cells.append(gib(row["kept"][program]))
+            if program in row["least"]:
+                cells.append(gib(row["least"][program]))
+            cells.append(f"{'< ' if one.get('by') else ''}{gib(totals[-1])}" if one else "-")
+        known = [*row["least"].values(), row["kept"][DECODING]]
+        known += [total for total in totals if total]
+        complete = "yes" if all(totals) else "not refused"
+        verdict = "no" if max(known) > memory else complete
+        source = topology if any(totals) else "-"
+        if any(totals) and stand_in:
+            source += ", in its place"
+        lines.append(
+            f"| {size.upper()} | {machine} | {gib(memory)} | {row['moments']} | "
+            f"{row['tensor']} | "
+            f"{' | '.join(cells)} | {verdict} | {source} |"
+        )
     return lines
 
 
@@ -178,23 +181,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compile", default="", help="regular expression over size:machine")
     parser.add_argument("--programs", default="", help="regular expression over their names")
+    parser.add_argument("--cells", default="", help="regular expression: leave the others alone")
     parser.add_argument("--only_print", action="store_true")
     options = parser.parse_args()
     prepare_topology_environment(MACHINES["v5e-16"][0])
     figures = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {}
-    for size in SIZES if not options.only_print else ():
-        for machine in MACHINES:
-            cell = f"{size}:{machine}"
-            old, figures[cell] = figures.get(cell, {}), state_row(size, machine)
-            if old.get("compiled") and old["flags"] == figures[cell]["flags"]:
-                kept = {name: one for name, one in old["compiled"].items() if name in PROGRAMS}
-                figures[cell] |= {"compiled": kept, "date": old["date"]}
-            least = max(figures[cell]["least"].values())
-            wanted = options.compile and re.fullmatch(options.compile, cell)
-            if wanted and least <= figures[cell]["memory_bytes"]:
-                figures[cell] = compile_row(figures[cell], options.programs)
-            FIGURES.write_text(json.dumps(figures, indent=1))
-            print(cell, "done", file=sys.stderr, flush=True)
+    for size, machine in CELLS if not options.only_print else ():
+        cell = f"{size}:{machine}"
+        if options.cells and not re.fullmatch(options.cells, cell):
+            continue
+        old, figures[cell] = figures.get(cell, {}), state_row(size, machine)
+        if old.get("compiled") and old["flags"] == figures[cell]["flags"]:
+            kept = {name: one for name, one in old["compiled"].items() if name in PROGRAMS}
+            figures[cell] |= {"compiled": kept, "date": old["date"]}
+        least = max(figures[cell]["least"].values())
+        wanted = options.compile and re.fullmatch(options.compile, cell)
+        if wanted and least <= figures[cell]["memory_bytes"]:
+            figures[cell] = compile_row(figures[cell], options.programs)
+        FIGURES.write_text(json.dumps(figures, indent=1))
+        print(cell, "done", file=sys.stderr, flush=True)
     print("\n".join(table(figures)))
 
 
