@@ -39,6 +39,9 @@ class SayingContext:
         assert split == "test"
         return self.examples
 
+    def questions(self):
+        return self.read("test")
+
     def option(self, suite, name, default):
         return self.config.eval[suite].get(name, default)
 

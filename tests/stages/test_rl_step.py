@@ -117,7 +117,7 @@ def make_step(
     monkeypatch.setattr(rl, "read_prompts", script.read_prompts)
     monkeypatch.setattr(rl, "answer", script.answer)
     monkeypatch.setattr(rl, "fetch", lambda view, rollouts: rollouts)
-    plain = dataclasses.replace(settings, max_attempts=1, stop_after_dry_steps=0)
+    plain = dataclasses.replace(settings, max_attempts=1, stop_after_dry_steps=0, max_rollouts=0)
     made = jitted(plain, objective or grpo(), micro_batches, devices)
     step = RLStep.__new__(RLStep)
     step.__dict__.update(made.__dict__)
@@ -363,6 +363,21 @@ def test_running_out_trains_on_what_there_is_says_so_and_ends_the_stage(monkeypa
     assert step.is_finished
 
 
+def test_a_limit_of_rollouts_is_met_to_the_rollout_and_ends_the_stage(monkeypatch):
+    """Six prompts of four rollouts are left; a step wants four groups and finds no spread."""
+    settings = dataclasses.replace(DYNAMIC, max_rollouts=24)
+    step = make_step(monkeypatch, settings, said=FLAT)
+    left = feed(step, [questions(4), questions(8)])
+    _, metrics = take(step)
+    # the first four, two of the second four, and no third attempt
+    assert metrics["rollouts/sampled_total"] == 24 and metrics["rollouts/attempts"] == 2
+    assert len(left) == 1 and step.is_finished and step.dry_steps == 0
+    other = make_step(monkeypatch, settings)
+    assert not other.is_finished
+    other.restore_place(step.save_place())
+    assert other.is_finished
+
+
 def test_one_group_alone_gives_the_update_of_its_own_denominator(monkeypatch):
     step = make_step(monkeypatch, DYNAMIC, said=said_with_spread(1))
     feed(step, [[], []])
@@ -455,6 +470,7 @@ def test_a_grader_that_fails_too_often_ends_the_run(monkeypatch):
         ({"temperature": 0.0}, "equal rollouts teach nothing"),
         ({"completion_buckets": (8, 16)}, "must be max_new_tokens 24"),
         ({"max_attempts": 0}, "max_attempts >= 1"),
+        ({"max_rollouts": 6}, r"rl.max_rollouts 6 is not a multiple of a group's 4 rollouts"),
         ({"stop_after_dry_steps": 2}, "no effect without dynamic sampling"),
         ({"overlong_tokens": 24}, "overlong_tokens < max_new_tokens"),
         ({"max_failed_grades": 2.0}, "is a share"),

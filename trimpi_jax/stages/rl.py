@@ -178,6 +178,8 @@ class RLStep:
         """(groups to train on and surplus, everything drawn, attempts made)."""
         groups, drawn, seen = list(self.kept), [], {group.example.example_id for group in self.kept}
         for attempt in range(self.settings.max_attempts):
+            if self._prompts_left() == 0:
+                return groups, drawn, attempt
             if attempt:
                 assert self.fetch_more is not None
                 examples = self.fetch_more()
@@ -188,8 +190,6 @@ class RLStep:
             else:
                 fresh = list(examples)
             fresh = fresh[: self._prompts_left()]
-            if not fresh and self._prompts_left() == 0:
-                return groups, drawn, attempt
             self.sampled += len(fresh) * 2 * self.settings.group_size
             size = self.settings.sample_prompts
             for start in range(0, len(fresh), size):

@@ -98,7 +98,11 @@ def run_sweep(
         return 0
     if not options.page_only:
         progress.say(plan_summary(plan))
-        _run_all(todo, jobs, code, root, progress, start or start_process, sweep, runs, keys)
+        try:
+            _run_all(todo, jobs, code, root, progress, start or start_process, sweep, runs, keys)
+        except Stopped:
+            progress.say("stopped and saved; start the same command again to continue")
+            raise
     found = find_results(root, keys)
     finish(sweep, runs, root, found)
     done = [run for run in chosen if found.results.get(run.name, {}).get("status") == DONE]

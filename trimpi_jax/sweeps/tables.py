@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 
 from trimpi_jax.evaluators.statistics import paired_bootstrap, t_interval, wilson_interval
-from trimpi_jax.sweeps.plan import Claim, Column, Row, Sweep
+from trimpi_jax.sweeps.plan import Claim, Column, Sweep
 
 HOLDS, FAILS, UNKNOWN, NOT_RUN = "holds", "does not hold", "cannot tell", "not run"
+VERDICTS = (HOLDS, FAILS, UNKNOWN, NOT_RUN)
 OVER_SEEDS, OVER_QUESTIONS = "t over seeds", "over questions"
 
 Results = Mapping[str, Mapping[str, Any]]  # run name -> result
@@ -86,7 +87,7 @@ def cell(results: Results, row: str, column: str, suite: str) -> Value | None:
         return None
     means = [100 * statistics.fmean(scores) for scores in by_seed.values()]
     seeds = tuple(by_seed)
-    if len(means) > 1 and len(set(means)) > 1:
+    if _differ(means):
         low, high = t_interval(means)
         low, high = max(low, 0.0), min(high, 100.0)
         return Value(statistics.fmean(means), low, high, OVER_SEEDS, seeds)
@@ -130,12 +131,17 @@ def _mean_of(
     by_seed: Mapping[int, float], pairs: Mapping[int, tuple[list[float], list[float]]]
 ) -> Value:
     values = list(by_seed.values())
-    if len(values) > 1 and len(set(values)) > 1:
+    if _differ(values):
         return Value(statistics.fmean(values), *t_interval(values), OVER_SEEDS, tuple(by_seed))
     first = [score for a, _ in pairs.values() for score in a]
     second = [score for _, b in pairs.values() for score in b]
     low, high = paired_bootstrap(first, second, seed=0)
     return Value(statistics.fmean(values), 100 * low, 100 * high, OVER_QUESTIONS, tuple(by_seed))
+
+
+def _differ(values: Sequence[float]) -> bool:
+    """Whether seeds have a spread that an interval can be made of."""
+    return max(values) - min(values) > 1e-9
 
 
 def judge(low: float, high: float, more_than: float) -> str:
@@ -203,9 +209,9 @@ def mean_over_seeds(results: Results, row: str, column: str, path: Sequence[str]
     return statistics.fmean(values) if values else None
 
 
-def interval_note(row: Row, value: Value | None) -> str:
+def interval_note(value: Value | None) -> str:
     """How many seeds, and of what kind the interval is."""
     if value is None:
-        return NOT_RUN
+        return "–"
     count = len(value.seeds)
     return f"{count} seed{'s' if count > 1 else ''}, {value.method}"

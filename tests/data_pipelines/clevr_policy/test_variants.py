@@ -41,6 +41,7 @@ SETTINGS = ClevrPolicySettings(
     train_per_policy=4,
     cot_per_policy=2,
     test=4,
+    validation=4,
     override=4,
     cogent_b=4,
     more_objects=4,
@@ -52,7 +53,7 @@ SETTINGS = ClevrPolicySettings(
     supersample=1,
     seed=3,
 )
-HARDER = ("override", "cogent_b", "more_objects", "deeper")
+HARDER = ("validation", "override", "cogent_b", "more_objects", "deeper")
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +144,18 @@ def test_held_out_splits_ask_the_policies_in_turn(splits):
         names = [example.policy_name for example in splits[split]]
         first, second = (document.tree.name for document in documents_of(SETTINGS, split))
         assert names == [first, second, first, second][: len(names)]
+
+
+def test_no_scene_of_the_validation_split_is_in_another(splits):
+    scenes = {
+        name: {example.meta["scene_id"] for example in rows}
+        | {example.images[0] for example in rows}
+        for name, rows in splits.items()
+    }
+    for name in scenes.keys() - {"validation"}:
+        assert not scenes["validation"] & scenes[name], name
+    assert {e.policy_text for e in splits["validation"]} == {e.policy_text for e in splits["test"]}
+    assert not any(example.meta.get("policy_in_prompt") for example in splits["validation"])
 
 
 def test_override_changes_the_tree_under_the_same_name(splits):
