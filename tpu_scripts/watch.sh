@@ -23,8 +23,8 @@ source "$scripts/settings.sh"
 parse_arguments "$@"
 check_provisioning
 need_zone
-if is_spot && [[ "$ALLOW_LOCAL_WORKDIR" != 1 && ! " ${REST[*]}" =~ \ --workdir[=\ ]$MOUNT_DIR/ ]]; then
-  usage_error "a spot VM is deleted with its disks: give --workdir under MOUNT_DIR=$MOUNT_DIR (and NFS_SHARE, which setup.sh mounts there), or set ALLOW_LOCAL_WORKDIR=1"
+if is_spot && [[ "$ALLOW_LOCAL_WORKDIR" != 1 && ! " ${REST[*]}" =~ \ --workdir[=\ ]$MOUNT_DIR/ && ! " ${REST[*]}" =~ \ --config\.checkpoint_dir[=\ ]gs:// ]]; then
+  usage_error "a spot VM is deleted with its disks: give --workdir under MOUNT_DIR=$MOUNT_DIR (and NFS_SHARE, which setup.sh mounts there), or --config.checkpoint_dir=gs://..., or set ALLOW_LOCAL_WORKDIR=1"
 fi
 
 create() { DRY_RUN="$DRY_RUN" "$scripts/create.sh"; }

@@ -36,6 +36,7 @@ from trimpi_jax.io.hosts import (
     versions,
     write_problem,
 )
+from trimpi_jax.io.storage import probe_problem
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "recipe to compare; none by default")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder to look at; none by default")
@@ -71,11 +72,15 @@ def examine() -> None:
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         print(f"{'config':<11}{config.name}, digest {config_digest(config)}")
         print(f"{'mesh':<11}" + " ".join(f"{axis}={size}" for axis, size in mesh.shape.items()))
-    names = compare_hosts(hosts, gather_facts(config, workdir), workdir, timeout_s)
+    elsewhere = (config.get("checkpoint_dir") or "") if config is not None else ""
+    facts = gather_facts(config, workdir)
+    names = compare_hosts(hosts, facts, workdir, timeout_s, elsewhere)
     if hosts.count > 1:
         print(f"{'compared':<11}{hosts.count} processes agree: {', '.join(names)}")
     elif workdir and (problem := write_problem(workdir)):
         raise OSError(f"workdir {workdir} is {problem}")
+    elif elsewhere and (problem := probe_problem(elsewhere)):
+        raise OSError(f"--config.checkpoint_dir: {problem}")
     seconds = add_over_devices(timeout_s)
     print(f"{'sum':<11}one number per device, right on all of them, {seconds:.1f} s")
     print("all is well")

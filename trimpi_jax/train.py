@@ -15,6 +15,7 @@ from ml_collections import config_flags
 
 from trimpi_jax.io.flags import parse_flags
 from trimpi_jax.io.hosts import compare_hosts, define_start_flags, gather_facts, start_hosts
+from trimpi_jax.io.storage import is_remote
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/nano.py", "recipe, e.g. configs/nano.py:method=trimpi_poro_grpo"
@@ -31,10 +32,16 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value
     workdir = Path(_WORKDIR.value or Path("runs") / config.name)
     try:
+        if is_remote(_WORKDIR.value or ""):
+            raise ValueError(
+                f"--workdir is a folder, got {_WORKDIR.value}; checkpoints go to a bucket, and"
+                f" results are copied there, with --config.checkpoint_dir={_WORKDIR.value}"
+            )
         hosts = start_hosts(_START())
         if hosts.count > 1:
             facts = gather_facts(config, workdir)
-            compare_hosts(hosts, facts, workdir.expanduser().resolve(), _START().timeout_s)
+            place, elsewhere = workdir.expanduser().resolve(), config.get("checkpoint_dir", "")
+            compare_hosts(hosts, facts, place, _START().timeout_s, elsewhere)
         from trimpi_jax.stages.pipeline import run  # heavy imports only when all has begun well
 
         run(config, workdir)

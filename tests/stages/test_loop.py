@@ -277,7 +277,7 @@ def test_a_start_that_lost_its_folder_saves_no_more(tmp_path):
         if len(calls) == 3:
             raise ValueError("was taken over")
 
-    toy = Toy(tmp_path, check_claim=lost)
+    toy = Toy(tmp_path, before_save=lost)
     with pytest.raises(ValueError, match="was taken over"):
         toy.run()
     assert saved_steps(tmp_path / "checkpoints") == [0, 2]

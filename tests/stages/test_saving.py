@@ -140,13 +140,13 @@ def test_where_checkpoints_lie_and_that_they_go(config, tmp_path):
 def test_two_starts_into_one_folder_of_checkpoints(config, tmp_path):
     config.checkpoint_dir = str(tmp_path)
     said = []
-    first = claim_checkpoints(config, said.append)
+    first = claim_checkpoints(config, tmp_path / "run", said.append)
     first()
-    second = claim_checkpoints(config, said.append)
+    second = claim_checkpoints(config, tmp_path / "run", said.append)
     assert "should that still run, it will stop at its next save" in said[0]
     second()
     with pytest.raises(ValueError, match="was taken over by another start"):
         first()
     config.seed = 7
     with pytest.raises(ValueError, match="belongs to another run"):
-        claim_checkpoints(config, said.append)
+        claim_checkpoints(config, tmp_path / "run", said.append)

@@ -536,3 +536,86 @@ def test_the_dockerfile_installs_extras_that_exist():
     assert named <= extras["optional-dependencies"].keys()
     for folder in re.findall(r"^COPY (\w+) \w+$", text, re.MULTILINE):
         assert (SCRIPTS.parent / folder).is_dir()
+
+
+TOY = """
+import sys, time
+from pathlib import Path
+from tests.stages.test_loop import Toy
+
+class Slow(Toy):
+    def take_step(self, state, step, examples):
+        if step == 3 and not (folder / "stopped").exists():  # until it is told to stop
+            (folder / "ready").touch()
+            while not (folder / "stopped").exists():
+                time.sleep(0.02)
+        return Toy.take_step(self, state, step, examples)
+
+folder = Path(sys.argv[sys.argv.index("--workdir") + 1])
+folder.mkdir(exist_ok=True)
+total = Slow(folder).run()["total"]
+(folder / "total").write_text(str(float(total)))
+"""
+
+
+@pytest.mark.timeout(240)
+def test_a_preempted_run_is_saved_and_started_again_by_watch(programs, tmp_path):
+    """watch.sh and worker.sh for real, gcloud's ssh a shell here, training a loop of numbers."""
+    stand_ins = programs(
+        state("READY", times=ALWAYS),
+        {
+            "match": "gcloud compute tpus tpu-vm ssh",
+            "times": ALWAYS,
+            "does": 'cd "$HOME"; eval "${1#--command=}"',
+        },
+        {"match": "^sleep", "times": ALWAYS, "does": "/bin/sleep 0.2"},
+    )
+    home = stand_ins.folder / "trimpi"
+    (home / "venv" / "bin").mkdir(parents=True)
+    (home / "source").mkdir()
+    (home / "source" / "tpu_scripts").symlink_to(SCRIPTS)
+    (home / "toy.py").write_text(TOY)
+    python = home / "venv" / "bin" / "python"
+    root = SCRIPTS.parent
+    python.write_text(
+        f"#!/bin/sh\nshift 3\nJAX_PLATFORMS=cpu PYTHONPATH={root} exec"
+        f' {sys.executable} {home}/toy.py "$@"\n'  # after -u -m MODULE
+    )
+    python.chmod(0o755)
+    workdir = tmp_path / "run"
+    watching = subprocess.Popen(
+        ["bash", str(SCRIPTS / "watch.sh"), "--", "--workdir", str(workdir)],
+        env={
+            "PATH": f"{stand_ins.bin}:{os.environ['PATH']}",
+            "HOME": str(stand_ins.folder),
+            "STAND_IN": str(stand_ins.folder),
+            "ZONE": "z",
+            "RUNS_DIR": str(home / "runs"),
+        },
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        while not (workdir / "ready").exists() and watching.poll() is None:
+            time.sleep(0.05)
+        assert watching.poll() is None, watching.stdout.read()
+        stopped = subprocess.run(
+            ["bash", str(SCRIPTS / "worker.sh"), "stop", "train"],
+            env={"PATH": "/usr/bin:/bin", "RUNS_DIR": str(home / "runs")},
+            capture_output=True,
+            text=True,
+        )
+        assert "was asked to save and stop" in stopped.stdout
+        time.sleep(0.5)
+        (workdir / "stopped").touch()
+        said = watching.communicate(timeout=200)[0]
+    finally:
+        watching.kill()
+    assert watching.returncode == 0, said
+    assert "exit 75: start 1 of at most" in said
+    assert "train is finished" in said
+    log = (home / "runs" / "train.log").read_text()
+    assert (workdir / "total").read_text() == "543.0"  # as without the stop, see test_loop.py
+    assert log.count("start: ") == 2

@@ -34,6 +34,8 @@ from typing import Any
 
 from absl import flags
 
+from trimpi_jax.io.storage import probe_problem
+
 ROOT = Path(__file__).parents[2]  # of the clone, the image or the installed packages
 SOURCE_FOLDERS = ("trimpi_jax", "data_pipelines", "configs")
 COMMIT_FILE = "COMMIT"  # written where there is no .git: tpu_scripts/setup.sh, Dockerfile
@@ -333,7 +335,11 @@ def versions() -> dict[str, str]:
 
 
 def compare_hosts(
-    hosts: Hosts, facts: Mapping[str, str], workdir: Path | None, timeout_s: float
+    hosts: Hosts,
+    facts: Mapping[str, str],
+    workdir: Path | None,
+    timeout_s: float,
+    checkpoint_dir: str = "",
 ) -> list[str]:
     """Every process tells its facts and hears those of all others; returns the hosts' names.
 
@@ -342,10 +348,11 @@ def compare_hosts(
         facts: from `gather_facts`.
         workdir: must be the same folder on all, and writable; None = not looked at.
         timeout_s: how long to wait for an answer.
+        checkpoint_dir: a folder or address that every host must be able to write to; "" = none.
 
     Raises:
         ValueError: listing, on every host alike, every fact that differs and who differs.
-        OSError: a workdir that is not shared or cannot be written to.
+        OSError: a workdir that is not shared or cannot be written to, or a checkpoint_dir.
         TimeoutError: naming the processes that did not answer.
     """
     if hosts.count == 1:
@@ -360,6 +367,7 @@ def compare_hosts(
     }
     marker = _share_marker(hosts, workdir, end)
     own["workdir"] = look_at_folder(workdir, marker) if workdir else ""
+    own["checkpoint_dir"] = probe_problem(checkpoint_dir) if checkpoint_dir else ""
     _put("facts", hosts.process, json.dumps(own))
     heard = [json.loads(text) for text in _gather("facts", hosts.count, end)]
     _put("heard", hosts.process, "")
@@ -375,16 +383,15 @@ def compare_hosts(
             f"the {hosts.count} processes of this run differ, so nothing was started:\n  "
             + "\n  ".join(problems)
         )
-    folders = [
-        f"{_who(process, names)}: {one['workdir']}"
-        for process, one in enumerate(heard)
-        if one["workdir"]
-    ]
-    if folders:
-        raise OSError(
-            f"workdir {workdir} must be one folder that all hosts see and can write to:\n  "
-            + "\n  ".join(folders)
-        )
+    for key, rule in (
+        ("workdir", f"workdir {workdir} must be one folder that all hosts see and can write to"),
+        ("checkpoint_dir", "every host must be able to write to --config.checkpoint_dir"),
+    ):
+        refusals = [
+            f"{_who(process, names)}: {one[key]}" for process, one in enumerate(heard) if one[key]
+        ]
+        if refusals:
+            raise OSError(f"{rule}:\n  " + "\n  ".join(refusals))
     return names
 
 
@@ -454,10 +461,11 @@ def write_problem(folder: Path) -> str:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("x")
+        found = probe.read_text()
         probe.unlink()
     except OSError as error:
         return f"not writable ({error})"
-    return ""
+    return "" if found == "x" else "gives back something else than was written to it"
 
 
 def _who(process: int, names: Sequence[str]) -> str:

@@ -51,6 +51,14 @@ def open_folder(text: str | os.PathLike) -> epath.Path:
     return epath.Path(text)
 
 
+def list_files(folder: Any) -> list[Any]:
+    """All files below a folder (a pathlib or etils path), sorted."""
+    found = []
+    for path in folder.iterdir():
+        found += list_files(path) if path.is_dir() else [path]
+    return sorted(found)
+
+
 def is_remote(folder: str | os.PathLike) -> bool:
     """Whether a folder is in an object store."""
     return "://" in os.fspath(folder)

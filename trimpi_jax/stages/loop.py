@@ -68,7 +68,7 @@ class LoopSettings:
     evaluate_every: int = 0  # 0 = never; not at the start and the end, which the stage's owner does
     keep: Keep = dataclasses.field(default_factory=Keep)
     checkpoints: str = ""  # where they lie; "" = in the folder
-    check_claim: Callable[[], None] = lambda: None  # raises when they are another run's by now
+    before_save: Callable[[], None] = lambda: None  # may raise: then nothing is saved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ def run(
     def save(step: int) -> None:
         is_new = step not in manager.all_steps()
         if is_new:
-            settings.check_claim()
+            settings.before_save()
         started = time.perf_counter()
         save_checkpoint(manager, step, state, {"source": source.save_place()}, score.take())
         if (

@@ -20,7 +20,7 @@ import jax
 from ml_collections import ConfigDict
 
 from trimpi_jax.io.checkpoints import saved_steps
-from trimpi_jax.io.storage import open_folder
+from trimpi_jax.io.storage import is_remote, open_folder
 from trimpi_jax.models.config import VLMConfig
 from trimpi_jax.models.hf_weights import check_weights, read_config
 from trimpi_jax.models.processor import Processor, load_processor
@@ -68,7 +68,8 @@ def find_model(given: Path) -> ModelSource:
     if stage.step is not None or not (files / "config.json").is_file():
         step = max(saved_steps(stage.checkpoints)) if stage.step is None else stage.step
         stage = stage._replace(step=step)
-        files = open_folder(stage.checkpoints) / str(step)
+        place = stage.checkpoints
+        files = (open_folder(place) if is_remote(place) else Path(place)) / str(step)
     return ModelSource(given, files, stage, stage.workdir)
 
 

@@ -85,6 +85,7 @@ from trimpi_jax.stages.run_settings import (
     with_lora_scale,
 )
 from trimpi_jax.stages.saving import (
+    bring_results,
     check_saving,
     checkpoint_folder,
     claim_checkpoints,
@@ -118,7 +119,7 @@ class Run:
     mesh: jax.sharding.Mesh
     engine: Engine | None = None
     evaluator: Evaluator | None = None
-    check_claim: Callable[[], None] = lambda: None  # raises when another start saves there by now
+    before_save: Callable[[], None] = lambda: None  # see saving.claim_checkpoints
 
 
 def run(config: ConfigDict, workdir: Path, progress: Progress | None = None) -> None:
@@ -147,6 +148,7 @@ def run(config: ConfigDict, workdir: Path, progress: Progress | None = None) -> 
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if isinstance(config.max_new_tokens, int):
         check_sampling(config)
+    bring_results(config, workdir, progress.say)
     claim_workdir(config, workdir)
     check_saving(config, model, workdir)
     with lock_workdir(workdir, progress.say):
@@ -174,7 +176,7 @@ def internalize(
         check_sampling(config)
         progress.say(f"sizes from the data: {describe_sizes(config)}")
     this = Run(config, workdir, progress, processor, model, mesh)
-    this.check_claim = claim_checkpoints(config, progress.say)
+    this.before_save = claim_checkpoints(config, workdir, progress.say)
     with jax.set_mesh(mesh):
         this.engine = make_run_engine(this)
         this.evaluator = make_evaluator(this)
@@ -188,12 +190,14 @@ def internalize(
             else:
                 params = run_stage(this, params, stage, folder)
                 write_model(folder / "model", base, model, params, processor)
+                this.before_save()
                 delete_checkpoints(config, folder)
             evaluate_stage(this, params, folder.name, folder / "model")
     if not (workdir / "final" / "config.json").is_file():
         write_model(workdir / "final", base, model, params, processor, stored_dtype(base))
     progress.table(result_table(workdir))
     write_report([workdir], workdir / "report.html")
+    this.before_save()
     minutes = (time.time() - started) / 60
     progress.say(
         f"{minutes:.1f} minutes in this start. Report: {workdir / 'report.html'}"
@@ -353,7 +357,7 @@ def loop_settings(this: Run, stage: str, folder: Path, steps: int) -> loop.LoopS
         evaluate_every=this.config.eval.get("every_steps", 0),
         keep=keep_settings(this.config, stage),
         checkpoints=checkpoint_folder(this.config, folder),
-        check_claim=this.check_claim,
+        before_save=this.before_save,
     )
 
 

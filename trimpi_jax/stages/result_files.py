@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from data_pipelines.example import Example
 from data_pipelines.shards import read_manifest
+from trimpi_jax.io.storage import list_files
 
 PACKAGES = ("trimpi_jax", "jax", "jaxlib", "flax", "numpy", "scipy", "transformers", "tokenizers")
 
@@ -42,10 +43,10 @@ def make_identity(config: ConfigDict, data: Path) -> dict[str, Any]:
     }
 
 
-def folder_digest(folder: Path) -> str:
+def folder_digest(folder: Any) -> str:
     """sha256 of the files of a model folder or checkpoint: names and contents."""
     total = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in list_files(folder):
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         total.update(f"{path.relative_to(folder)} {content}\n".encode())

@@ -1,6 +1,7 @@
 """Where the checkpoints of a run lie, which of them stay, and whether there is room for them.
 
-    config.checkpoint_dir   "" = in the workdir; or a folder, or gs://bucket/run
+    config.checkpoint_dir   "" = in the workdir; or a folder, or gs://bucket/run, where the results
+                            are copied to as well
     config.keep_last        newest checkpoints that stay
     config.<stage>.keep_best, best_metric, result     the best stay, too, and may be handed on
 
@@ -20,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from trimpi_jax.io.checkpoints import Keep
 from trimpi_jax.io.hosts import config_digest
+from trimpi_jax.io.results_copy import fetch_results, send_results
 from trimpi_jax.io.storage import (
     claim_folder,
     claim_problem,
@@ -137,10 +140,24 @@ def check_saving(config: ConfigDict, model: VLMConfig, workdir: Path) -> None:
         )
 
 
-def claim_checkpoints(config: ConfigDict, say: Callable[[str], None]) -> Callable[[], None]:
-    """Marks the folder of the checkpoints as this start's; returns what looks whether it still is.
+def bring_results(config: ConfigDict, workdir: Path, say: Callable[[str], None]) -> None:
+    """Fetches what an earlier start left in the checkpoints' bucket, into an empty workdir."""
+    elsewhere = config.get("checkpoint_dir") or ""
+    if not is_remote(elsewhere):
+        return
+    if jax.process_index() == 0 and (names := fetch_results(workdir, elsewhere)):
+        say(f"{workdir}: {len(names)} files of this run fetched from {elsewhere}")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("results are fetched")
 
-    In the workdir there is a lock (io/workdir_lock.py); object stores have none.
+
+def claim_checkpoints(
+    config: ConfigDict, workdir: Path, say: Callable[[str], None]
+) -> Callable[[], None]:
+    """Marks the folder of the checkpoints as this start's; returns what is called before each save.
+
+    That looks whether the folder still is ours, and copies results into a bucket. In the workdir
+    there is a lock (io/workdir_lock.py); object stores have none.
 
     Raises:
         ValueError: another run's folder.
@@ -155,11 +172,13 @@ def claim_checkpoints(config: ConfigDict, say: Callable[[str], None]) -> Callabl
             f" {before.get('host')}; should that still run, it will stop at its next save"
         )
 
-    def check() -> None:
+    def before_save() -> None:
         if problem := claim_problem(elsewhere, token):
             raise ValueError(problem)
+        if is_remote(elsewhere):
+            send_results(workdir, elsewhere)
 
-    return check
+    return before_save
 
 
 def delete_checkpoints(config: ConfigDict, folder: Path) -> None:
