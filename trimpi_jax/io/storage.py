@@ -1,4 +1,4 @@
-"""Folders that may lie in an object store: a local path, or gs://, s3:// and az:// through etils.
+"""Folders that may lie in an object store: a local path, or gs:// through etils and gcsfs.
 
     probe     writes a small file, reads it back and deletes it, before anything is trained
     space     free bytes where the store can say (a disk), None where it cannot (a bucket)
@@ -25,7 +25,7 @@ from typing import Any
 from etils import epath
 
 # scheme -> what reads it: module of fsspec's implementation, extra of this package
-STORES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", ""), "az": ("adlfs", "")}
+STORES = {"gs": ("gcsfs", "gcs")}
 CLAIM = "run.json"
 GIB = 2**30
 
@@ -46,8 +46,7 @@ def open_folder(text: str | os.PathLike) -> epath.Path:
     try:
         __import__(module)
     except ImportError:
-        wanted = f"'trimpi_jax[{extra}]'" if extra else module
-        raise ValueError(f"'{text}' needs {module}: pip install {wanted}") from None
+        raise ValueError(f"'{text}' needs {module}: pip install 'trimpi_jax[{extra}]'") from None
     return epath.Path(text)
 
 
