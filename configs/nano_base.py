@@ -18,14 +18,19 @@ def get_config() -> ConfigDict:
     config.init_dir = ""  # a Hugging Face folder of the same architecture to go on from
 
     config.scenes = ConfigDict()
-    config.scenes.count = 24000
+    config.scenes.count = 36000
     config.scenes.width = 168  # px; 3:2 like CLEVR_v1.0, 6 x 4 cells of 28 px, no padded window
     config.scenes.height = 112
     config.scenes.min_objects = 3
     config.scenes.max_objects = 5
 
+    config.lone = ConfigDict()  # one object filling the picture, as -M policies show values
+    config.lone.count = 6000
+    config.lone.side = 56  # px
+    config.lone.shown_share = 0.5  # of a -M policy's values
+
     config.model = model = ConfigDict()
-    model.vocab_size = 704
+    model.vocab_size = 768
     model.tokenizer_documents = 3000
     model.width = 128
     model.depth = 4
@@ -44,25 +49,53 @@ def get_config() -> ConfigDict:
     model.min_pixels = 28 * 28
     model.max_pixels = 168 * 112
 
-    config.train = train = ConfigDict()
-    train.steps = 3000
-    train.rows = 64  # captions and existence questions
-    train.policy_rows = 32
-    train.token_buckets = (84, 112, 224, 328)
-    train.windows = 6
-    train.learning_rate = 2e-3
-    train.warmup_steps = 100
-    train.b2 = 0.98
-    train.weight_decay = 0.05
-    train.save_every = 250
-    train.log_every = 25
-    # until (share of the run), shares of caption / existence / policy steps, policy depths
-    train.phases = tuple(
-        ConfigDict({"until": until, "shares": shares, "depths": depths, "max_objects": 10})
-        for until, shares, depths in (
-            (0.35, (0.7, 0.0, 0.3), (1,)),
-            (0.65, (0.45, 0.05, 0.5), (1, 2)),
-            (1.0, (0.3, 0.05, 0.65), (2,)),
-        )
+    config.optimizer = ConfigDict({"b2": 0.98, "weight_decay": 0.05})
+    config.save_every = 250
+    config.log_every = 25
+
+    config.perception = ConfigDict()
+    config.perception.steps = 3000
+    config.perception.scenes = 64  # pictures a step
+    config.perception.lone = 48
+    config.perception.learning_rate = 2e-3
+    config.perception.warmup_steps = 100
+
+    # rows, questions a row, tokens of the policy, tokens of a question, pictures in the policy
+    config.shapes = ConfigDict(
+        {
+            "caption": (1, 64, 16, 80, 0),
+            "existence": (1, 64, 16, 112, 0),
+            "text": (1, 64, 16, 48, 0),
+            "policy_1": (16, 4, 48, 112, 1),
+            "policy_2": (16, 4, 72, 144, 2),
+            "policy_4": (5, 8, 248, 184, 8),
+            "policy_6": (3, 8, 840, 200, 32),
+        }
+    )
+    config.reading = make_leg(
+        3000,
+        1.5e-3,
+        # until (share of the leg), shares of caption / existence / text / policy, depths, -M share
+        (0.25, (0.55, 0.1, 0.05, 0.3), (1, 2), 0.2),
+        (0.55, (0.2, 0.07, 0.03, 0.7), (2, 4), 0.4),
+        (1.0, (0.1, 0.05, 0.03, 0.82), (2, 4, 6), 0.45),
+    )
+    config.joint = make_leg(
+        600,
+        4e-4,
+        (1.0, (0.2, 0.05, 0.03, 0.72), (2, 4, 6), 0.45),
     )
     return config
+
+
+def make_leg(steps: int, learning_rate: float, *phases: tuple) -> ConfigDict:
+    """A leg of the language model's training."""
+    leg = ConfigDict()
+    leg.steps = steps
+    leg.learning_rate = learning_rate
+    leg.warmup_steps = 50
+    leg.phases = tuple(
+        ConfigDict({"until": until, "shares": shares, "depths": depths, "shown": shown})
+        for until, shares, depths, shown in phases
+    )
+    return leg

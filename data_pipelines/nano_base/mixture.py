@@ -1,15 +1,19 @@
-"""The tasks that teach the nano base to see and to read policies.
+"""The tasks that teach the nano base to see, to reason and to read policies.
 
     caption    "I see: red small metal cube, blue large rubber sphere."       dense perception
     existence  four yes/no questions of one to three attributes at once      perception, logic
-    policy     a fresh random policy in the prompt, its question and chain of thought
+    text       sums, comparisons, words to repeat or to sort; no image       general ability
+    policy     a random policy in the prompt, -T or -M, and several questions about it, each with
+               its own image and chain of thought
 
-Names and trees are of the half that no evaluated dataset may use (`is_held_out_name`,
+A policy's name is fresh or, half of the time, one of a few that come again and again with other
+trees: what a name meant before never helps, so the model learns to do what the prompt says (Policy
+Override). Names and trees are of the half that no evaluated dataset may use (`is_held_out_name`,
 `is_held_out_tree`), so an evaluated policy never occurs here. A step's examples depend only on
 (seed, step), so a resumed run sees what an unbroken one would have seen.
 
 Source: paper section 2 for the policy questions; the other tasks are ours.
-Next: trimpi_jax/inputs/encode.py
+Next: data_pipelines/nano_base/text_questions.py
 """
 
 from __future__ import annotations
@@ -21,27 +25,37 @@ import numpy as np
 
 from data_pipelines.clevr.scene import ATTRIBUTES, SceneObject
 from data_pipelines.clevr_policy import wording
-from data_pipelines.clevr_policy.tree import follow, is_held_out_tree, sample_name, sample_tree
+from data_pipelines.clevr_policy.crops import choose_shown
+from data_pipelines.clevr_policy.tree import (
+    Condition,
+    PolicyTree,
+    follow,
+    is_held_out_tree,
+    sample_name,
+    sample_tree,
+)
 from data_pipelines.example import Example
 from data_pipelines.nano_base.scenes import scene_objects
 
-TASKS = ("caption", "existence", "policy")
+TASKS = ("caption", "existence", "text", "policy")
 CAPTION_QUERIES = (
     "Describe the objects in the image.",
     "What do you see?",
     "List the objects.",
 )
 EXISTENCE_QUESTIONS = 4
+REUSED_NAMES = 32  # a depth; each comes with a new tree every time
+REUSED_SHARE = 0.5  # of the policies
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A stretch of training: until `until` (share of the run), tasks with these shares of steps."""
+    """A stretch of training, until `until` (share of the run)."""
 
     until: float
-    shares: tuple[float, float, float]  # of TASKS
+    shares: tuple[float, float, float, float]  # of TASKS, in steps
     depths: tuple[int, ...] = (2,)  # depths of the policies, drawn uniformly
-    max_objects: int = 10  # policy questions are asked about scenes of at most this many objects
+    shown: float = 0.0  # share of the policies that are -M
 
 
 def task_of_step(step: int, num_steps: int, phases: Sequence[Phase], seed: int) -> str:
@@ -84,31 +98,67 @@ def make_existence(rng: np.random.Generator, scene: Example) -> Example:
     )
 
 
-def make_policy_question(
-    rng: np.random.Generator, scene: Example, depths: Sequence[int]
-) -> Example:
-    """A fresh policy of a random depth, its question about this image, with chain of thought."""
-    objects = scene_objects(scene)
-    depth = int(rng.choice(depths))
-    name = sample_name(rng, depth, held_out=False)
+@dataclasses.dataclass(frozen=True)
+class DrawnPolicy:
+    """A policy of the training half, and which of its values are pictures (-M; else none)."""
+
+    tree: PolicyTree
+    shown: tuple[Condition, ...] = ()
+
+    @property
+    def shown_sections(self) -> tuple[str, ...]:
+        """Their sections, in reading order."""
+        return tuple(condition.section for condition in self.shown)
+
+
+def draw_policy(
+    rng: np.random.Generator,
+    depth: int,
+    *,
+    shown_share: float = 0.0,
+    reused_share: float = REUSED_SHARE,
+) -> DrawnPolicy:
+    """A random policy; `shown_share` of its values are pictures, at least one where it is not 0."""
+    if rng.random() < reused_share:
+        name = _reused_name(int(rng.integers(REUSED_NAMES)), depth)
+    else:
+        name = sample_name(rng, depth, held_out=False)
     tree = sample_tree(rng, name, depth)
     while is_held_out_tree(tree):
         tree = sample_tree(rng, name, depth)
-    visits, case = follow(tree, objects)
+    return DrawnPolicy(tree, choose_shown(rng, tree, shown_share) if shown_share else ())
+
+
+def ask_policy(policy: DrawnPolicy, scene: Example) -> Example:
+    """The question about one image, with policy text, answer and chain of thought."""
+    objects = scene_objects(scene)
+    visits, case = follow(policy.tree, objects)
+    cot = wording.chain_of_thought(policy.tree, objects, policy.shown_sections)
     return dataclasses.replace(
         scene,
-        query=wording.query(name),
+        query=wording.query(policy.tree.name),
         answer=wording.answer(case),
-        cot=wording.chain_of_thought(tree, objects),
-        policy_name=name,
-        policy_text=wording.policy_text(tree),
+        cot=cot,
+        policy_name=policy.tree.name,
+        policy_text=wording.policy_text(policy.tree, policy.shown_sections),
         meta={
             "task": "policy",
-            "depth": depth,
+            "depth": policy.tree.depth,
             "path": [visit.condition.section for visit in visits],
-            "gold_cot": wording.chain_of_thought(tree, objects),
+            "gold_cot": cot,
         },
     )
+
+
+def make_policy_question(
+    rng: np.random.Generator, scene: Example, depths: Sequence[int]
+) -> Example:
+    """A -T policy of a random depth, its question about this image, with chain of thought."""
+    return ask_policy(draw_policy(rng, int(rng.choice(depths))), scene)
+
+
+def _reused_name(number: int, depth: int) -> str:
+    return sample_name(np.random.default_rng([17, number]), depth, held_out=False)
 
 
 def _sample_description(rng: np.random.Generator, objects: Sequence[SceneObject]) -> dict[str, str]:

@@ -13,7 +13,7 @@ Next: trimpi_jax/models/processor.py
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -62,13 +62,24 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer(folder: str | Path, documents: Iterable[str], *, vocab_size: int) -> Tokenizer:
-    """Train on `documents` and write the folder's tokenizer files; ids 0..13 are special."""
+def make_tokenizer(
+    folder: str | Path, documents: Iterable[str], *, vocab_size: int, whole: Sequence[str] = ()
+) -> Tokenizer:
+    r"""Train on `documents` and write the folder's tokenizer files; ids 0..13 are special.
+
+    Args:
+        folder: gets tokenizer.json and tokenizer_config.json.
+        documents: texts whose most frequent pairs become tokens.
+        vocab_size: tokens at most, the special ones and the 256 bytes included.
+        whole: regular expressions (Oniguruma) of texts that are not split before pairs are merged,
+            so that a frequent one becomes one token. They are tried before Qwen's own pattern.
+    """
+    pattern = "|".join([*whole, SPLIT_PATTERN])
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

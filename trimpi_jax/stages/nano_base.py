@@ -1,38 +1,33 @@
-"""Train the nano base from nothing: captions, existence questions, policies in context.
+"""Train the nano base from nothing, in three legs.
+
+    perception   the vision tower alone learns what is in every cell of a picture
+    reading      the tower stands still; the language model learns captions, questions, policies
+    joint        both together, for the last few percent
 
 Not a stage of the paper (which starts from Qwen2.5-VL), but what makes its method runnable where no
 pretrained model can be had.
 
-Next: data_pipelines/nano_base/mixture.py
+Next: trimpi_jax/stages/nano_perception.py
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from data_pipelines.building import write_dataset
-from data_pipelines.example import Example, decode_record
-from data_pipelines.nano_base.corpus import iter_corpus
-from data_pipelines.nano_base.mixture import (
-    Phase,
-    make_caption,
-    make_existence,
-    make_policy_question,
-    phase_of_step,
-    task_of_step,
-)
-from data_pipelines.nano_base.scenes import SceneSetSettings, make_scene_examples, scene_objects
-from data_pipelines.shards import check_dataset, split_files
-from trimpi_jax.inputs.batching import choose_bucket, drop_too_long, make_batch
-from trimpi_jax.inputs.encode import EncodedRow, encode_example, encode_with_completion
+from data_pipelines.nano_base.corpus import WHOLE, iter_corpus
+from data_pipelines.nano_base.mixture import Phase
+from data_pipelines.nano_base.pictures import load_pictures, make_lone_examples
+from data_pipelines.nano_base.scenes import SceneSetSettings, make_scene_examples
+from data_pipelines.shards import check_dataset
+from trimpi_jax.inputs.policy_trees import TreeShape
 from trimpi_jax.io.progress import Progress
 from trimpi_jax.models import vlm
 from trimpi_jax.models.config import TextConfig, VisionConfig, VLMConfig
@@ -42,159 +37,158 @@ from trimpi_jax.models.nano_tokenizer import (
     make_tokenizer,
     write_preprocessor_config,
 )
-from trimpi_jax.models.processor import Processor, copy_processor_files, load_processor
+from trimpi_jax.models.processor import copy_processor_files, load_processor
 from trimpi_jax.stages import loop
-from trimpi_jax.stages.supervised import StepSettings, make_supervised_step
+from trimpi_jax.stages.nano_perception import (
+    PerceptionSettings,
+    encode_all,
+    init_heads,
+    make_patches,
+    make_perception_step,
+    perception_batch,
+)
+from trimpi_jax.stages.nano_reading import (
+    Mixture,
+    PictureBank,
+    ReadingSettings,
+    make_reading_step,
+    make_stream,
+)
 from trimpi_jax.stages.train_state import OptimizerSettings, init_train_state, make_optimizer
-from trimpi_jax.types import Batch
-
-
-@dataclasses.dataclass(frozen=True)
-class MixtureSettings:
-    """Batch shapes of the mixture: rows and token buckets."""
-
-    num_steps: int
-    seed: int
-    phases: tuple[Phase, ...]
-    rows: int
-    policy_rows: int
-    token_buckets: tuple[int, ...]
-    windows: int
-
-
-class _MakeBatch(grain.transforms.Map):
-    """Step number -> Batch. A pure function of the settings and the step."""
-
-    def __init__(self, folder: str, processor: Processor, settings: MixtureSettings):
-        self.scenes = grain.sources.ArrayRecordDataSource(split_files(folder, "train"))
-        self.processor = processor
-        self.settings = settings
-
-    def map(self, element: int) -> tuple[str, Batch, int]:
-        return mixture_batch(int(element), self.scenes, self.processor, self.settings)
-
-
-def mixture_batch(
-    step: int, scenes, processor: Processor, settings: MixtureSettings
-) -> tuple[str, Batch, int]:
-    """(task, batch, rows dropped as too long) of a step."""
-    task = task_of_step(step, settings.num_steps, settings.phases, settings.seed)
-    phase = phase_of_step(step, settings.num_steps, settings.phases)
-    num_rows = settings.policy_rows if task == "policy" else settings.rows
-    rows: list[EncodedRow] = []
-    for i in range(num_rows):
-        rng = np.random.default_rng([settings.seed, 12, step, i])
-        scene = decode_record(scenes[int(rng.integers(len(scenes)))])
-        rows.append(_encode(task, rng, scene, phase, processor, scenes))
-    fitted = drop_too_long(rows, max(settings.token_buckets), settings.windows)
-    longest = max((len(row.tokens) for row in fitted.rows), default=1)
-    batch = make_batch(
-        fitted.rows,
-        num_rows=num_rows,
-        num_tokens=choose_bucket(longest, settings.token_buckets),
-        num_windows=settings.windows,
-    )
-    return task, batch, fitted.too_long
-
-
-def _encode(task, rng, scene: Example, phase: Phase, processor, scenes) -> EncodedRow:
-    if task == "policy":
-        while len(scene_objects(scene)) > phase.max_objects:
-            scene = decode_record(scenes[int(rng.integers(len(scenes)))])
-        example = make_policy_question(rng, scene, phase.depths)
-        return encode_example(
-            example, processor, policy_in_prompt=True, with_cot=True, loss_on="completion"
-        )
-    example = make_caption(rng, scene) if task == "caption" else make_existence(rng, scene)
-    return encode_plain(example, processor)
-
-
-def encode_plain(example: Example, processor: Processor) -> EncodedRow:
-    """A question without policy whose answer is said as it is, without a box."""
-    return encode_with_completion(
-        example, processor, example.answer, policy_in_prompt=False, loss_on="completion"
-    )
-
-
-def make_mixture_stream(
-    folder: str, processor: Processor, settings: MixtureSettings, first_step: int
-) -> grain.DatasetIterator:
-    """(task, batch, dropped) from `first_step` on, made ahead of time in a thread."""
-    steps: Sequence[int] = range(first_step, settings.num_steps)
-    dataset = grain.MapDataset.source(steps).map(_MakeBatch(folder, processor, settings))
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=3)))
 
 
 def run_nano_base(config: Any, workdir: Path, progress: Progress) -> Path:
-    """The whole run: scenes, tokenizer, training, export. Returns the model folder.
+    """The whole run: pictures, tokenizer, three legs, export. Returns the model folder.
 
     Args:
-        config: see configs/nano_base.py.
-        workdir: gets data/, tokenizer/, nano_base/ (checkpoints, metrics) and final/.
+        config: see configs/nano_base.py. A leg of 0 steps is left out.
+        workdir: gets data/, lone/, tokenizer/, a folder a leg (checkpoints, metrics) and final/.
         progress: where bars and lines go.
+
+    Raises:
+        ValueError: the workdir holds pictures or a tokenizer of other settings, or init_dir is of
+            another architecture.
     """
-    scenes = _prepare_scenes(config, workdir / "data", progress)
-    tokenizer_folder = workdir / "tokenizer"
     model_config = make_model_config(config)
+    params = _initial_params(config, model_config)
+    scene_folder = _prepare_scenes(config, workdir / "data", progress)
+    lone_folder = _prepare_lone(config, workdir / "lone", progress)
+    tokenizer_folder = workdir / "tokenizer"
     _prepare_tokenizer(config, tokenizer_folder, progress)
     processor = load_processor(tokenizer_folder, model_config)
-    settings = MixtureSettings(
-        num_steps=config.train.steps,
-        seed=config.seed,
-        phases=tuple(
-            Phase(p.until, tuple(p.shares), tuple(p.depths), p.max_objects)
-            for p in config.train.phases
-        ),
-        rows=config.train.rows,
-        policy_rows=config.train.policy_rows,
-        token_buckets=tuple(config.train.token_buckets),
-        windows=config.train.windows,
-    )
-    optimizer = make_optimizer(
-        OptimizerSettings(
-            learning_rate=config.train.learning_rate,
-            steps=config.train.steps,
-            warmup_steps=config.train.warmup_steps,
-            schedule="cosine",
-            b2=config.train.b2,
-            weight_decay=config.train.weight_decay,
+    scenes, lone = load_pictures(scene_folder), load_pictures(lone_folder, lone=True)
+    patches, lone_patches = make_patches(scenes, model_config), make_patches(lone, model_config)
+
+    if config.perception.steps:
+        section = config.perception
+        settings = PerceptionSettings(section.scenes, section.lone, config.seed)
+        optimizer = _optimizer(config, section)
+        heads = init_heads(model_config, jax.random.key(config.seed + 1))
+        trained = {"vision": params["vision"], "heads": heads}
+        step = make_perception_step(model_config, optimizer, patches, lone_patches)
+        trained, _ = _run_leg(
+            config,
+            workdir / "perception",
+            section.steps,
+            (trained, jax.jit(optimizer.init)(trained)),
+            lambda number: perception_batch(
+                number, settings, (patches, scenes.labels), (lone_patches, lone.labels)
+            ),
+            step,
+            progress,
         )
-    )
-    if config.init_dir:
-        saved_config, params = load_hf(config.init_dir)
-        if saved_config.to_hf() != model_config.to_hf():
-            raise ValueError(f"{config.init_dir} is another architecture than config.model")
-        params = jax.tree.map(jnp.asarray, params)
-    else:
-        init = jax.jit(lambda key: vlm.init_params(model_config, key))
-        params = init(jax.random.key(config.seed))
-    state = init_train_state(params, optimizer, "all")
-    step = make_supervised_step(model_config, optimizer, StepSettings("all", config.dtype))
-    stream = _MixtureStream(scenes, processor, settings)
+        params = {**params, "vision": trained["vision"]}
 
-    def take_step(state, number, element):
-        task, batch, dropped = element
-        state, metrics = step(state, batch)
-        return state, metrics | {"train/task": task, "inputs/dropped_too_long": dropped}
-
-    state = loop.run(
-        loop.LoopSettings(
-            name="nano_base",
-            folder=workdir / "nano_base",
-            num_steps=config.train.steps,
-            save_every=config.train.save_every,
-            log_every=config.train.log_every,
-        ),
-        state,
-        loop.Source(stream.fetch, dict, lambda place: None),
-        take_step,
-        progress,
-    )
+    for name in ("reading", "joint"):
+        section = config[name]
+        if not section.steps:
+            continue
+        banks = (patches, lone_patches)
+        arrays = [bank.patches for bank in banks]
+        if name == "reading":
+            arrays = [encode_all(params["vision"], model_config, bank) for bank in banks]
+        source = Mixture(
+            _reading_settings(config, section),
+            processor,
+            PictureBank(scenes, arrays[0]),
+            PictureBank(lone, arrays[1]),
+        )
+        optimizer = _optimizer(config, section)
+        layouts = banks if name == "joint" else None
+        step = make_reading_step(model_config, optimizer, layouts)
+        state = init_train_state(params, optimizer, "all" if layouts else "all_but_vision")
+        stream = _FromStep(lambda first, source=source: make_stream(source, first))
+        state = _run_leg(
+            config, workdir / name, section.steps, state, stream.fetch, _with_task(step), progress
+        )
+        params = state.params
     final = workdir / "final"
-    save_hf(final, model_config, jax.device_get(state.params))
+    save_hf(final, model_config, jax.device_get(params))
     copy_processor_files(tokenizer_folder, final)
     progress.say(f"nano_base: {final} is the trained base, in Hugging Face layout")
     return final
+
+
+def _run_leg(config, folder: Path, steps: int, state, fetch, step, progress: Progress):
+    return loop.run(
+        loop.LoopSettings(
+            name=folder.name,
+            folder=folder,
+            num_steps=steps,
+            save_every=config.save_every,
+            log_every=config.log_every,
+        ),
+        state,
+        loop.Source(fetch, dict, lambda place: None),
+        lambda state, number, batch: step(state, batch),
+        progress,
+    )
+
+
+def _with_task(step: Callable) -> Callable:
+    """A step of batches that say their task, which is logged."""
+
+    def take_step(state, element):
+        task, batch = element
+        state, metrics = step(state, batch)
+        return state, metrics | {"train/task": task}
+
+    return take_step
+
+
+def _initial_params(config: Any, model_config: VLMConfig) -> Any:
+    if not config.init_dir:
+        init = jax.jit(lambda key: vlm.init_params(model_config, key))
+        return init(jax.random.key(config.seed))
+    saved_config, params = load_hf(config.init_dir)
+    if saved_config.to_hf() != model_config.to_hf():
+        raise ValueError(f"{config.init_dir} is another architecture than config.model")
+    return jax.tree.map(jnp.asarray, params)
+
+
+def _optimizer(config: Any, section: Any):
+    return make_optimizer(
+        OptimizerSettings(
+            learning_rate=section.learning_rate,
+            steps=section.steps,
+            warmup_steps=section.warmup_steps,
+            schedule="cosine",
+            b2=config.optimizer.b2,
+            weight_decay=config.optimizer.weight_decay,
+        )
+    )
+
+
+def _reading_settings(config: Any, section: Any) -> ReadingSettings:
+    return ReadingSettings(
+        num_steps=section.steps,
+        seed=config.seed,
+        phases=tuple(
+            Phase(p.until, tuple(p.shares), tuple(p.depths), p.shown) for p in section.phases
+        ),
+        shapes={name: TreeShape(*shape) for name, shape in config.shapes.items()},
+        shown_share=config.lone.shown_share,
+    )
 
 
 def make_model_config(config: Any) -> VLMConfig:
@@ -235,11 +229,11 @@ def make_model_config(config: Any) -> VLMConfig:
     )
 
 
-class _MixtureStream:
-    """Batches by step number; made ahead of time from whichever step is asked for first."""
+class _FromStep:
+    """Batches by step number, made ahead of time from whichever step is asked for first."""
 
-    def __init__(self, folder: Path, processor: Processor, settings: MixtureSettings):
-        self._make = lambda step: make_mixture_stream(str(folder), processor, settings, step)
+    def __init__(self, make: Callable[[int], Any]):
+        self._make = make
         self._iterator = None
 
     def fetch(self, step: int):
@@ -258,18 +252,43 @@ def _prepare_scenes(config: Any, folder: Path, progress: Progress) -> Path:
         seed=config.seed,
     )
     recipe = {"dataset": "nano_base_scenes", **dataclasses.asdict(settings)}
+    return _prepare(
+        folder, recipe, "scenes", lambda bar: make_scene_examples(settings, bar), progress
+    )
+
+
+def _prepare_lone(config: Any, folder: Path, progress: Progress) -> Path:
+    count, side = config.lone.count, config.lone.side
+    recipe = {"dataset": "nano_base_lone", "count": count, "side": side, "seed": config.seed}
+    return _prepare(
+        folder,
+        recipe,
+        "lone objects",
+        lambda bar: make_lone_examples(count, side, config.seed, bar),
+        progress,
+    )
+
+
+def _prepare(folder: Path, recipe: dict, what: str, make: Callable, progress: Progress) -> Path:
+    """The dataset in `folder`, made where it is absent."""
     if folder.exists():
         if check_dataset(folder)["recipe"] != recipe:
             raise ValueError(f"{folder} was made with other settings; choose another workdir")
         return folder
-    with progress.task("scenes", settings.count) as bar:
-        examples = make_scene_examples(settings, lambda done, total: bar(done, {}))
-        write_dataset(folder, {"train": examples}, recipe)
+    with progress.task(what, recipe["count"]) as bar:
+        write_dataset(folder, {"train": make(lambda done, total: bar(done, {}))}, recipe)
     return folder
 
 
 def _prepare_tokenizer(config: Any, folder: Path, progress: Progress) -> None:
-    if (folder / "tokenizer.json").is_file():
+    """The tokenizer in `folder`, made where it is absent; a changed one is refused."""
+    file, note = folder / "tokenizer.json", folder / "tokenizer.sha256"
+    if file.is_file() and note.is_file():
+        if note.read_text() != hashlib.sha256(file.read_bytes()).hexdigest():
+            raise ValueError(
+                f"{file} is not the one that this run was begun with: its weights would mean other"
+                " words. Put it back, or start in another workdir."
+            )
         return
     progress.say("nano_base: training the tokenizer")
     write_preprocessor_config(
@@ -280,4 +299,5 @@ def _prepare_tokenizer(config: Any, folder: Path, progress: Progress) -> None:
         max_pixels=config.model.max_pixels,
     )
     documents = iter_corpus(config.seed, config.model.tokenizer_documents)
-    make_tokenizer(folder, documents, vocab_size=config.model.vocab_size)
+    make_tokenizer(folder, documents, vocab_size=config.model.vocab_size, whole=WHOLE)
+    note.write_text(hashlib.sha256(file.read_bytes()).hexdigest())
