@@ -59,6 +59,7 @@ def get_config() -> ConfigDict:
     config.perception.lone = 48
     config.perception.learning_rate = 2e-3
     config.perception.warmup_steps = 100
+    config.perception.visual_rms = 0.5  # what the visual tokens are scaled to afterwards
 
     # rows, questions a row, tokens of the policy, tokens of a question, pictures in the policy
     config.shapes = ConfigDict(
@@ -67,21 +68,21 @@ def get_config() -> ConfigDict:
             "existence": (1, 64, 16, 112, 0),
             "text": (1, 64, 16, 48, 0),
             "policy_1": (16, 4, 48, 112, 1),
-            "policy_2": (16, 4, 72, 144, 2),
-            "policy_4": (5, 8, 248, 184, 8),
-            "policy_6": (3, 8, 840, 200, 32),
+            "policy_2": (16, 4, 72, 128, 2),
+            "policy_4": (5, 8, 248, 168, 8),
+            "policy_6": (3, 8, 840, 192, 32),
         }
     )
     config.reading = make_leg(
-        3000,
-        1.5e-3,
+        1800,
+        2e-3,
         # until (share of the leg), shares of caption / existence / text / policy, depths, -M share
-        (0.25, (0.55, 0.1, 0.05, 0.3), (1, 2), 0.2),
-        (0.55, (0.2, 0.07, 0.03, 0.7), (2, 4), 0.4),
-        (1.0, (0.1, 0.05, 0.03, 0.82), (2, 4, 6), 0.45),
+        (0.25, (0.45, 0.06, 0.04, 0.45), (1, 2), 0.2),
+        (0.6, (0.15, 0.05, 0.04, 0.76), (2, 4), 0.4),
+        (1.0, (0.1, 0.04, 0.04, 0.82), (2, 4, 6), 0.45),
     )
     config.joint = make_leg(
-        600,
+        300,
         4e-4,
         (1.0, (0.2, 0.05, 0.03, 0.72), (2, 4, 6), 0.45),
     )

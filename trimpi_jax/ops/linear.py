@@ -6,6 +6,8 @@ Next: trimpi_jax/ops/rotary.py
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -45,11 +47,13 @@ def linear(
 
 
 def _contract(x: jax.Array, kernel: jax.Array, axes: int, out_dtype: jnp.dtype) -> jax.Array:
-    last = tuple(range(x.ndim - axes, x.ndim))
-    first = tuple(range(axes))
-    return jax.lax.dot_general(
-        x,
-        kernel.astype(x.dtype),
-        dimension_numbers=((last, first), ((), ())),
+    """As a product of two matrices: a sum over rows that are two axes is a slow one on CPUs."""
+    rows, outputs = x.shape[: x.ndim - axes], kernel.shape[axes:]
+    width = math.prod(kernel.shape[:axes])
+    y = jax.lax.dot_general(
+        x.reshape(-1, width),
+        kernel.astype(x.dtype).reshape(width, -1),
+        dimension_numbers=(((1,), (0,)), ((), ())),
         preferred_element_type=out_dtype,
     )
+    return y.reshape(*rows, *outputs)

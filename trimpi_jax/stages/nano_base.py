@@ -46,6 +46,7 @@ from trimpi_jax.stages.nano_perception import (
     make_patches,
     make_perception_step,
     perception_batch,
+    rescale_visual,
 )
 from trimpi_jax.stages.nano_reading import (
     Mixture,
@@ -97,7 +98,8 @@ def run_nano_base(config: Any, workdir: Path, progress: Progress) -> Path:
             step,
             progress,
         )
-        params = {**params, "vision": trained["vision"]}
+        vision = rescale_visual(trained["vision"], model_config, patches, section.visual_rms)
+        params = {**params, "vision": vision}
 
     for name in ("reading", "joint"):
         section = config[name]

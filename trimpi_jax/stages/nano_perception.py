@@ -1,6 +1,6 @@
 """First leg of the nano base: the vision tower learns what is in every cell of a picture.
 
-    z = W v + b        v one visual token; z logits of (there, color, size, material, shape) x 2 slots
+    z = W v + b        v one visual token; z logits of 2 x (there, color, size, material, shape)
     L = CE(there) + mean over objects of the sum of CE(attribute)
 
 A caption tells a tower of random weights very little about where to look; a label for every cell
@@ -154,8 +154,20 @@ def perception_batch(
     return tuple(batch)
 
 
+def rescale_visual(params: Any, config: VLMConfig, pictures: PatchSet, rms: float) -> Any:
+    """The tower with its last map scaled so that visual tokens have this root mean square.
+
+    The first leg makes them a hundred times larger than a young language model's embeddings, and
+    what its layers add to them would be lost in the rounding of the residual stream.
+    """
+    seen = np.asarray(see(params, config, pictures.patches[:ENCODE_ROWS], pictures))
+    factor = float(rms / np.sqrt((seen**2).mean()))
+    last = jax.tree.map(lambda leaf: leaf * factor, params["merger"]["fc2"])
+    return {**params, "merger": {**params["merger"], "fc2": last}}
+
+
 def encode_all(params: Any, config: VLMConfig, pictures: PatchSet) -> np.ndarray:
-    """Visual tokens of every picture, float32 [N, cells, D]; for legs that leave the tower alone."""
+    """Visual tokens of every picture, float32 [N, cells, D], for a leg that trains no tower."""
     encode = jax.jit(lambda params, patches: see(params, config, patches, pictures))
     cells = len(pictures.slots)
     visual = np.empty((len(pictures.patches), cells, config.text.width), np.float32)
