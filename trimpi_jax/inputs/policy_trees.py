@@ -12,7 +12,7 @@ Next: trimpi_jax/stages/nano_reading.py
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import flax.struct
 import numpy as np

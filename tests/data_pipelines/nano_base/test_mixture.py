@@ -14,19 +14,20 @@ from data_pipelines.clevr_policy.tree import (
     follow,
     is_held_out_name,
     is_held_out_tree,
+    iter_conditions,
     sample_name,
     sample_tree,
 )
 from data_pipelines.clevr_policy.wording import describe_objects
-from data_pipelines.example import Example, decode_record, encode_record
+from data_pipelines.example import IMAGE_MARK, Example, decode_record, encode_record
 from data_pipelines.nano_base import mixture
 from data_pipelines.nano_base.mixture import Phase
 from data_pipelines.nano_base.scenes import scene_objects
 from tests.data_pipelines.policy_reader import make_object, read_policy
 
 PHASES = (
-    Phase(0.5, (1.0, 1.0, 0.0), (1,)),
-    Phase(1.0, (0.0, 1.0, 3.0), (1, 2)),
+    Phase(0.5, (1.0, 1.0, 0.0, 0.0), (1,)),
+    Phase(1.0, (0.0, 1.0, 0.0, 3.0), (1, 2)),
 )
 
 
@@ -151,3 +152,30 @@ def test_a_policy_question_is_fresh_for_every_generator():
     assert mixture.make_policy_question(np.random.default_rng(7), scene, (2,)) == first
     other = mixture.make_policy_question(np.random.default_rng(8), scene, (2,))
     assert other.policy_text != first.policy_text
+
+
+def test_names_that_come_again_have_other_trees():
+    drawn = [mixture.draw_policy(np.random.default_rng(seed), 2) for seed in range(400)]
+    trees = collections.defaultdict(list)
+    for policy in drawn:
+        trees[policy.tree.name].append(policy.tree.root)
+        assert not is_held_out_name(policy.tree.name)
+        assert not is_held_out_tree(policy.tree)
+    reused = {name: found for name, found in trees.items() if len(found) >= 3}
+    # half of 400 policies share 32 names; the others have about 3,000 names to themselves
+    assert len(reused) >= 25
+    assert sum(len(found) for found in reused.values()) > 150
+    assert all(len(set(map(str, found))) > 1 for found in reused.values())
+
+
+def test_a_policy_shows_the_asked_share_of_its_values_and_the_question_follows_it():
+    for seed in range(20):
+        policy = mixture.draw_policy(np.random.default_rng(seed), 3, shown_share=0.5)
+        conditions = list(iter_conditions(policy.tree.root))
+        assert len(policy.shown) == max(1, round(len(conditions) / 2))
+        example = mixture.ask_policy(policy, make_scene(seed))
+        assert example.policy_text.count(IMAGE_MARK) == len(policy.shown)
+        visits, case = follow(policy.tree, scene_objects(make_scene(seed)))
+        assert example.answer == f"Case {case}"
+        seen = sum(visit.condition in policy.shown for visit in visits)
+        assert example.cot.count("(pictured)") == seen
