@@ -9,6 +9,7 @@ import pytest
 from data_pipelines.example import encode_png
 from data_pipelines.general_eval import read_mmlu_pro, read_mmmu_pro, read_wildguard
 from data_pipelines.nano_base.general import make_general_questions
+from data_pipelines.nano_base.text_questions import is_held_out_question
 
 SAMPLES = Path(__file__).parents[2].parent / "shared" / "data" / "general_eval"
 MMLU = {
@@ -153,11 +154,14 @@ def test_real_samples():
 
 
 def test_nano_questions_are_about_scenes_of_their_own():
-    caption, existence = make_general_questions(2)
+    caption, existence, text = make_general_questions(3)
     assert caption.answer.startswith("I see: ") and caption.answer.endswith(".")
     assert existence.answer.startswith("1. ") and existence.query.count("any ") == 4
     assert caption.images != existence.images
-    assert [e.meta["answer_form"]["form"] for e in (caption, existence)] == [
+    assert not text.images
+    assert is_held_out_question(text.query)
+    assert [e.meta["answer_form"]["form"] for e in (caption, existence, text)] == [
         "nano_caption",
         "nano_existence",
+        "nano_text",
     ]

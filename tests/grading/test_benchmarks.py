@@ -88,6 +88,11 @@ def test_captions_by_hand():
     assert grade("nano_caption", "cubes", gold).accuracy == 0.0
 
 
+def test_text_by_hand():
+    assert grade("nano_text", " 3 7\n9 ", "3 7 9").accuracy == 1.0
+    assert grade("nano_text", "3 7", "3 7 9").accuracy == 0.0
+
+
 def test_existence_by_hand():
     gold = "1. True 2. False 3. True 4. True"
     assert grade("nano_existence", "1. True 2. True 4. True", gold).accuracy == 0.5

@@ -4,6 +4,7 @@
     mmmu_pro       "Answer: C", else the last "(C)", "C ", "C." or option's text
     wildguard      "Harmful request: yes", "Response refusal: no", "Harmful response: no"
     nano_caption   F1 of the objects named; nano_existence   share of the questions answered right
+    nano_text      the same words
 
 One difference from the official scripts: where no answer can be read they guess a letter at random;
 here that is wrong, and counted as the problem "no_choice".
@@ -122,6 +123,12 @@ def read_nano_existence(text: str, example: Example) -> Reading:
     said, gold = dict(_EXISTENCE.findall(text)), dict(_EXISTENCE.findall(example.answer))
     right = sum(said.get(number) == truth for number, truth in gold.items())
     return right / len(gold), " ".join(f"{n}. {t}" for n, t in said.items()) or None, {}
+
+
+def read_nano_text(text: str, example: Example) -> Reading:
+    """The same words."""
+    said = " ".join(text.split())
+    return float(said == example.answer), said or None, {}
 
 
 def _named_objects(text: str) -> collections.Counter[str]:

@@ -33,6 +33,7 @@ from trimpi_jax.grading.benchmarks import (
     read_mmmu_pro,
     read_nano_caption,
     read_nano_existence,
+    read_nano_text,
     read_wildguard,
 )
 from trimpi_jax.grading.tool_calls import grade_tool_calls
@@ -103,4 +104,5 @@ FORMS: Mapping[str, FormGrader] = {
     "wildguard": functools.partial(grade_benchmark, read_wildguard),
     "nano_caption": functools.partial(grade_benchmark, read_nano_caption),
     "nano_existence": functools.partial(grade_benchmark, read_nano_existence),
+    "nano_text": functools.partial(grade_benchmark, read_nano_text),
 }

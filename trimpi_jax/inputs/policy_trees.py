@@ -1,6 +1,6 @@
 """Several questions about one policy as one row: the policy once, then the questions as branches.
 
-    row   P P P P P | v v q q a a e | v v q q a e | ...     P policy, v picture, q question, a answer
+    row   P P P P P | v v q q a a e | v v q q a e | ...   P policy, v picture, q question, a answer
     a branch sees   the policy and itself, never another branch
 
 Equal to one row a question, for a fraction of the work: a policy is far longer than a question.
