@@ -60,17 +60,21 @@ def policy_text(tree: PolicyTree, shown: Collection[str] = ()) -> str:
     `shown` holds the sections whose value is a picture: IMAGE_MARK stands in its place, and the
     pictures come in the order of the sections.
     """
-    sections = [
-        f"# Condition {node.section}: any {node.attribute}"
-        f" {IMAGE_MARK if node.section in shown else node.value}?\n"
-        f"- True: {_go_to(node.if_true)}\n- False: {_go_to(node.if_false)}"
-        for node in iter_conditions(tree.root)
-    ]
+    sections = [section_text(node, node.section in shown) for node in iter_conditions(tree.root)]
     instruction = (
         f"The policy of {tree.name}. Start at Condition 1 with every object in focus."
         " After True only the matching objects stay in focus; after False the focus stays."
     )
     return "\n".join([instruction + (SHOWN_INSTRUCTION if shown else ""), *sections])
+
+
+def section_text(node: Condition, shown: bool = False) -> str:
+    """The section of a decision node, as it stands in the policy."""
+    value = IMAGE_MARK if shown else node.value
+    return (
+        f"# Condition {node.section}: any {node.attribute} {value}?\n"
+        f"- True: {_go_to(node.if_true)}\n- False: {_go_to(node.if_false)}"
+    )
 
 
 def query(policy_name: str) -> str:

@@ -5,6 +5,9 @@
     text       sums, comparisons, words to repeat or to sort; no image       general ability
     policy     a random policy in the prompt, -T or -M, and several questions about it, each with
                its own image and chain of thought
+    recite     "What is Condition 1.2?" behind a policy: that section, word by word. No image. To
+               look a section up is what every step of a chain of thought needs, and here nothing
+               else stands in the way of learning it
 
 A policy's name is fresh or, half of the time, one of a few that come again and again with other
 trees: what a name meant before never helps, so the model learns to do what the prompt says (Policy
@@ -31,13 +34,14 @@ from data_pipelines.clevr_policy.tree import (
     PolicyTree,
     follow,
     is_held_out_tree,
+    iter_conditions,
     sample_name,
     sample_tree,
 )
 from data_pipelines.example import Example
 from data_pipelines.nano_base.scenes import scene_objects
 
-TASKS = ("caption", "existence", "text", "policy")
+TASKS = ("caption", "existence", "text", "policy", "recite")
 CAPTION_QUERIES = (
     "Describe the objects in the image.",
     "What do you see?",
@@ -53,7 +57,7 @@ class Phase:
     """A stretch of training, until `until` (share of the run)."""
 
     until: float
-    shares: tuple[float, float, float, float]  # of TASKS, in steps
+    shares: tuple[float, ...]  # of TASKS, in steps; missing ones are 0
     depths: tuple[int, ...] = (2,)  # depths of the policies, drawn uniformly
     shown: float = 0.0  # share of the policies that are -M
 
@@ -62,7 +66,9 @@ def task_of_step(step: int, num_steps: int, phases: Sequence[Phase], seed: int) 
     """The task whose examples fill the batch of a step."""
     phase = phase_of_step(step, num_steps, phases)
     rng = np.random.default_rng([seed, 11, step])
-    return str(rng.choice(TASKS, p=np.asarray(phase.shares) / sum(phase.shares)))
+    shares = np.zeros(len(TASKS))
+    shares[: len(phase.shares)] = phase.shares
+    return str(rng.choice(TASKS, p=shares / shares.sum()))
 
 
 def phase_of_step(step: int, num_steps: int, phases: Sequence[Phase]) -> Phase:
@@ -147,6 +153,21 @@ def ask_policy(policy: DrawnPolicy, scene: Example) -> Example:
             "path": [visit.condition.section for visit in visits],
             "gold_cot": cot,
         },
+    )
+
+
+def recite_section(rng: np.random.Generator, policy: DrawnPolicy) -> Example:
+    """What one section of a policy says, one whose value is not a picture."""
+    sections = [c for c in iter_conditions(policy.tree.root) if c not in policy.shown]
+    condition = sections[int(rng.integers(len(sections)))]
+    return Example(
+        "",
+        (),
+        f"What is Condition {condition.section}?",
+        wording.section_text(condition),
+        policy_name=policy.tree.name,
+        policy_text=wording.policy_text(policy.tree, policy.shown_sections),
+        meta={"task": "recite", "depth": policy.tree.depth},
     )
 
 

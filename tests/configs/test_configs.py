@@ -150,9 +150,12 @@ def test_a_value_of_another_type_is_refused(monkeypatch):
 def test_the_base_models_config_is_consistent():
     config = nano_base.get_config()
     assert config.kind == "nano_base"
-    ends = [phase.until for phase in config.train.phases]
-    assert ends == sorted(ends)
-    assert ends[-1] == 1.0
-    assert all(sum(phase.shares) == pytest.approx(1.0) for phase in config.train.phases)
+    for leg in (config.reading, config.joint):
+        ends = [phase.until for phase in leg.phases]
+        assert ends == sorted(ends)
+        assert ends[-1] == 1.0
+        for phase in leg.phases:
+            assert sum(phase.shares) == pytest.approx(1.0)
+            assert {f"policy_{depth}" for depth in phase.depths} <= set(config.shapes)
     assert config.scenes.width * config.scenes.height <= config.model.max_pixels
     assert 2 * sum(config.model.mrope_section) == config.model.head_width

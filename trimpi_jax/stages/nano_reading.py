@@ -91,7 +91,7 @@ class Mixture:
         task = mixture.task_of_step(step, settings.num_steps, settings.phases, settings.seed)
         phase = mixture.phase_of_step(step, settings.num_steps, settings.phases)
         depth = int(np.random.default_rng([settings.seed, 37, step]).choice(phase.depths))
-        name = f"policy_{depth}" if task == "policy" else task
+        name = f"{task}_{depth}" if task in ("policy", "recite") else task
         shape = settings.shapes[name]
         trees, scene_ids, lone_ids = [], [], []
         for row in range(shape.rows):
@@ -126,16 +126,18 @@ class Mixture:
         blank = [_scene_example(self.scenes.pictures, number) for number in scenes]
         if task == "text":
             return [make_text_question(rng, held_out=False) for _ in blank], scenes, []
-        if task != "policy":
+        if task in ("caption", "existence"):
             make = mixture.make_caption if task == "caption" else mixture.make_existence
             return [make(rng, scene) for scene in blank], scenes, []
         shown_share = self.settings.shown_share if rng.random() < phase.shown else 0.0
+        if task == "recite" and depth == 1:  # its one section must be words
+            shown_share = 0.0
         policy = mixture.draw_policy(rng, depth, shown_share=shown_share)
-        return (
-            [mixture.ask_policy(policy, scene) for scene in blank],
-            scenes,
-            self._show(rng, policy),
-        )
+        if task == "recite":
+            examples = [mixture.recite_section(rng, policy) for _ in blank]
+        else:
+            examples = [mixture.ask_policy(policy, scene) for scene in blank]
+        return examples, scenes, self._show(rng, policy)
 
     def _show(self, rng: np.random.Generator, policy: DrawnPolicy) -> list[int]:
         """A lone picture for every value that the policy shows."""
