@@ -179,3 +179,14 @@ def test_a_policy_shows_the_asked_share_of_its_values_and_the_question_follows_i
         assert example.answer == f"Case {case}"
         seen = sum(visit.condition in policy.shown for visit in visits)
         assert example.cot.count("(pictured)") == seen
+
+
+def test_a_recited_section_is_a_section_of_the_policy():
+    for seed in range(40):
+        policy = mixture.draw_policy(np.random.default_rng(seed), 2, shown_share=0.5 * (seed % 2))
+        example = mixture.recite_section(np.random.default_rng(seed), policy)
+        sections = example.policy_text.split("\n# ")[1:]
+        assert example.answer.removeprefix("# ") in sections
+        asked = example.query.removeprefix("What is ").removesuffix("?")
+        assert example.answer.startswith(f"# {asked}: any ")
+        assert not example.images
