@@ -27,6 +27,8 @@ SCALES = {
 }
 QUESTIONS = 300
 SUITES = ("main", "in_context", "override", "anatomy", "referral", "forgetting")
+GTA_SUITES = ("main", "in_context", "override", "referral")
+MORE_SUITES = {"small": (), "full": ("efficiency",)}  # its requests a second cost minutes a stage
 
 PAPER_ROWS = (
     *("direct_sft", "cot_sft", "vm_cpt_cot_sft", "cot_sft_grpo", "cot_sft_dapo", "trimpi_grpo"),
@@ -130,12 +132,12 @@ CLAIMS = (
 # measured or guessed, see docs/sweeps.md; seconds of a stage, of an RL step, of a rollout of
 # distillation, of the evaluations after a stage
 STAGES_S = ("data", "evaluation", "vm_cpt", "direct_sft", "cot_sft", "rl", "rollout")
-SECONDS = {
+SECONDS: dict[int, dict[str, float]] = {
     2: dict(zip(STAGES_S, (10, 35, 40, 30, 25, 1.8, 0.004), strict=True)),
     4: dict(zip(STAGES_S, (20, 70, 180, 60, 70, 3.5, 0.008), strict=True)),
     6: dict(zip(STAGES_S, (30, 150, 600, 90, 150, 6, 0.012), strict=True)),
 }
-GTA_SECONDS = dict(zip(STAGES_S, (60, 240, 600, 300, 300, 12, 0.03), strict=True))
+GTA_SECONDS: dict[str, float] = dict(zip(STAGES_S, (60, 240, 600, 300, 300, 12, 0.03), strict=True))
 
 # ours: deeper policies have more cases to be seen
 DEEPER = {
@@ -159,7 +161,7 @@ def get_sweep(argument: str | None = None) -> Sweep:
             f"{variant}{depth}",
             f"Clevr-{variant}, depth {depth}",
             ("clevr_policy", variant, depth),
-            functools.partial(make_clevr, variant=variant, depth=depth, split=split),
+            functools.partial(make_clevr, variant, depth, split, SUITES + MORE_SUITES[scale]),
             depth,
             SECONDS[depth],
         )
@@ -169,7 +171,7 @@ def get_sweep(argument: str | None = None) -> Sweep:
         "GTA",
         "GTA, synthetic",
         ("gta_policy", "", 0),
-        make_gta,
+        functools.partial(make_gta, GTA_SUITES + MORE_SUITES[scale]),
         0,
         GTA_SECONDS,
     )
@@ -204,7 +206,9 @@ def parse_argument(argument: str) -> tuple[str, str, int]:
     return scale, split, int(seeds)
 
 
-def make_clevr(method: str, *, variant: str, depth: int, split: str) -> ConfigDict:
+def make_clevr(
+    variant: str, depth: int, split: str, suites: tuple[str, ...], method: str
+) -> ConfigDict:
     """ClevrPolicy on the nano model."""
     config = nano.get_config(f"method={method}")
     config.data.variant = variant
@@ -215,7 +219,7 @@ def make_clevr(method: str, *, variant: str, depth: int, split: str) -> ConfigDi
         config.data.validation = QUESTIONS
     config.eval.split = split
     config.eval.examples = QUESTIONS
-    config.eval.suites = SUITES
+    config.eval.suites = suites
     if (variant, depth) != ("T", 2):  # the sizes in configs/nano.py are those of T, depth 2
         set_auto_sizes(config)
     for path, value in DEEPER[depth].items():
@@ -225,10 +229,10 @@ def make_clevr(method: str, *, variant: str, depth: int, split: str) -> ConfigDi
     return config
 
 
-def make_gta(method: str) -> ConfigDict:
+def make_gta(suites: tuple[str, ...], method: str) -> ConfigDict:
     """GTAPolicy with drawn pictures on the nano model."""
     config = gta_policy.get_config(f"method={method}")
-    config.eval.suites = ("main", "in_context", "override", "referral")
+    config.eval.suites = suites
     return config
 
 
