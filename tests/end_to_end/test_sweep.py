@@ -16,7 +16,6 @@ SMALLER = {
     "data.override": 0,
     "eval.every_steps": 0,
     "eval.suites": ("main", "in_context"),
-    "mesh.fsdp": 1,
 }
 
 
