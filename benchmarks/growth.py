@@ -40,6 +40,7 @@ CHIP = "TPU v5"
 LINK_BYTES_S = 4800e9 / 8 / 2
 BASE = 16  # chips that the programs are traced for
 LEAST_TENSOR = {"3b": 1, "7b": 1, "72b": 4}  # so much that the copy that decodes fits a chip
+AT_ONCE = 32  # prompts of the program of decoding: config.rl.sample_prompts
 ROOM = 0.8  # of a chip's memory for what a stage keeps; the rest is for activations
 
 
@@ -56,7 +57,8 @@ class Kind:
 KINDS = {
     "vm_cpt": Kind("vm_cpt", "vm_cpt/step 3328", 128, "example"),
     "cot_sft": Kind("cot_sft", "cot_sft/step 768", 64, "example"),
-    "decode": Kind("rl", "rl/aware decode", 32, "prompt"),
+    # of one view, all prompts of an RL step, as many at a time as memory has room for
+    "decode": Kind("rl", "rl/aware decode", 384, "prompt"),
     "update": Kind("rl", "rl/update 384", 32, "prompt"),
 }
 SCORE = {"score": Kind("rl", "rl/score 384", 32, "prompt")}  # a pass forward: quick to compile
@@ -68,7 +70,7 @@ class Layout:
 
     chips: int
     tensor: int
-    micro_batches: int
+    micro_batches: int  # or rounds of sampling
 
     @property
     def batch_devices(self) -> int:
@@ -80,7 +82,7 @@ def choose_layout(kind: Kind, chips: int, heads: int, least_tensor: int) -> Layo
     """The least `tensor` with which every device has rows; None: more chips than can work."""
     for tensor in (1, 2, 4, 8):
         devices = chips // tensor
-        if tensor < least_tensor or heads % tensor or chips % tensor or devices > kind.rows:
+        if tensor < least_tensor or heads % tensor or chips % tensor or kind.rows % devices:
             continue
         return Layout(chips, tensor, kind.rows // devices)
     return None
@@ -129,7 +131,7 @@ def link_bytes(kind: Kind, model: Any, layout: Layout, program: Any) -> dict[str
     weights = 2.0 * parameter_count(program.held["weights"]) / tensor
     around = 2 * (tensor - 1) / tensor  # of an all-reduce
     if kind.program == "rl/aware decode":
-        rows = kind.rows * 8 / devices  # completions of a view
+        rows = kind.rows * 8 / devices  # completions of the view, of all rounds
         sums = program.loop_steps * 2 * text.depth * rows * text.width * 2
         return {"sums of activations": sums * around}
     tokens = program.tokens / devices  # of all micro-batches
@@ -194,7 +196,8 @@ def read_collectives(text: str) -> list[Collective]:
                 condition = re.search(r"condition=%([\w.\-]+)", line)
                 body = re.search(r"body=%([\w.\-]+)", line)
                 assert condition and body
-                walk(body[1], (*trips, _trips(computations[condition[1]])), False)
+                runs = _trips(computations[condition[1]], computations[body[1]])
+                walk(body[1], (*trips, runs), False)
             else:
                 for called in re.findall(r"(?:calls|to_apply)=%([\w.\-]+)", line):
                     walk(called, trips, is_scatter or called.startswith("all-reduce-scatter"))
@@ -214,7 +217,7 @@ def split_computations(text: str) -> tuple[dict[str, list[str]], str]:
         if head:
             lines = computations[head[2]] = []
             entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # a kernel's text may have lines of its own that begin so
             lines = None
         elif lines is not None:
             lines.append(line)
@@ -242,14 +245,47 @@ def _group(line: str) -> int:
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
     if iota:
         return int(iota[2])
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line)
+    if named:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
     return len(listed[1].split(",")) if listed else 2  # a permute has pairs
 
 
-def _trips(condition: list[str]) -> int:
-    numbers = [re.search(r"s32\[\][^=]* constant\((\d+)\)", line) for line in condition]
-    known = [int(number[1]) for number in numbers if number]
-    return known[0] if len(known) == 1 else 0
+def _trips(condition: list[str], body: list[str]) -> int:
+    """How often a loop runs: to a constant, from 0, in steps of what its body adds; 0 = not known.
+
+    A product that XLA:TPU cuts into rounds (its operand goes around a ring) is such a loop, too,
+    often with two rounds in a body.
+    """
+    limits = [re.search(r"[su]32\[\][^=]* constant\((\d+)\)", line) for line in condition]
+    known = [int(limit[1]) for limit in limits if limit]
+    if len(known) != 1:
+        return 0
+    counter = next(
+        filter(None, (re.search(r"get-tuple-element\(.*index=(\d+)", line) for line in condition)),
+        None,
+    )
+    defined = {match[1]: match[2] for line in body if (match := INSTRUCTION.match(line))}
+    root = next((line for line in body if "ROOT" in line), "")
+    results = re.findall(r"%([\w.\-]+)", root.split(" tuple(")[-1].split(")")[0])
+    step = 0
+    if counter and int(counter[1]) < len(results):
+        step = _added(results[int(counter[1])], defined)
+    return -(-known[0] // (step or 1))
+
+
+def _added(name: str, defined: dict[str, str]) -> int:
+    """Σ of the constants in a chain of additions."""
+    text = defined.get(name, "")
+    constant = re.search(r" constant\((\d+)\)", text)
+    if constant:
+        return int(constant[1])
+    terms = re.search(r" add\(([^)]*)\)", text)
+    if not terms:
+        return 0
+    return sum(_added(one, defined) for one in re.findall(r"%([\w.\-]+)", terms[1]))
 
 
 def compile_cell(size: str, what: str, chips: int) -> dict[str, Any]:
@@ -291,6 +327,16 @@ def describe(text: str, kind: Kind, model: Any, layout: Layout, program: Any) ->
     }
 
 
+def choose_at_once(kind: Kind, layout: Layout, most: float) -> int:
+    """Prompts to sample at a time: the most that memory has room for, the least if it has none."""
+    fitting = [
+        count
+        for count in range(layout.batch_devices, kind.rows + 1, layout.batch_devices)
+        if kind.rows % count == 0
+    ]
+    return max([count for count in fitting if count <= most], default=fitting[0])
+
+
 def count_cells(sizes: Sequence[str]) -> dict[str, Any]:
     """Every cell of the table: seconds of products, memory and links, bytes that a stage keeps.
 
@@ -328,24 +374,37 @@ def count_cells(sizes: Sequence[str]) -> dict[str, Any]:
             decoded = 2.0 * decode_parameters(model)
             text = model.text
             cache = program.cache_slots * text.depth * 4.0 * text.kv_heads * text.head_width
+            prompts = sum(held.get(name, 0) for name in ("batch", "free rollouts")) * BASE
             for chips in TOPOLOGIES:
                 layout = choose_layout(kind, chips, text.kv_heads, least)
                 if layout is None:
                     cells[f"{size}:{what}:{chips}"] = {"none": "more chips than rows"}
                     continue
-                tensor = layout.tensor
-                passes = 0 if what == "decode" else 3 * layout.micro_batches
-                moved = ends / chips + passes * weights / tensor
-                moved += program.loop_steps * (decoded / tensor + cache / chips)
+                tensor, kept, times = layout.tensor, state / chips, 1.0
+                if what == "decode":
+                    room = ROOM * chip.memory_gib * 2**30 - copy / tensor
+                    fixed = (state - prompts) / chips
+                    at_once = choose_at_once(
+                        kind, layout, (room - fixed) * chips / (prompts / AT_ONCE)
+                    )
+                    times = at_once / AT_ONCE  # as many prompts as were traced
+                    layout = dataclasses.replace(layout, micro_batches=kind.rows // at_once)
+                    kept = fixed + times * prompts / chips
+                    rounds = layout.micro_batches
+                    moved = times * (ends / chips + program.loop_steps * cache / chips)
+                    moved = rounds * (moved + program.loop_steps * decoded / tensor)
+                    times *= rounds
+                else:
+                    moved = ends / chips + 3 * layout.micro_batches * weights / tensor
                 links = link_bytes(kind, model, layout, program)
                 cells[f"{size}:{what}:{chips}"] = {
                     "tensor": tensor,
                     "micro_batches": layout.micro_batches,
-                    "kept_bytes": state / chips + copy / tensor,
-                    "flops": flops / chips,
+                    "kept_bytes": kept + copy / tensor,
+                    "flops": times * flops / chips,
                     "moved_bytes": moved,
                     "link_bytes": links,
-                    "products_s": flops / chips / chip.peak_flops,
+                    "products_s": times * flops / chips / chip.peak_flops,
                     "memory_s": moved / chip.peak_bandwidth,
                     "links_s": sum(links.values()) / LINK_BYTES_S,
                 }
@@ -361,7 +420,7 @@ def floor_s(cell: dict[str, Any]) -> float:
 def table(cells: dict[str, Any], memory_bytes: float) -> list[str]:
     """Markdown."""
     lines = [
-        "| model | program | chips | tensor | micro-batches | GiB kept | products, s | memory, s |"
+        "| model | program | chips | tensor | parts, rounds | GiB kept | products, s | memory, s |"
         " links, s | GB over links | floor, s | bound by | of linear |",
         "|" + "---|" * 13,
     ]
@@ -420,18 +479,21 @@ def main() -> None:
     parser.add_argument("--sizes", default=",".join(SIZES))
     parser.add_argument("--only_print", action="store_true")
     options = parser.parse_args()
-    figures = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {}
+    new: dict[str, Any] = {}
     if options.compile:
         from trimpi_jax.preflight import prepare_topology_environment
 
         size, what, chips = options.compile.split(":")
         prepare_topology_environment(TOPOLOGIES[int(chips)])
         found = compile_cell(size, what, int(chips))
-        figures.setdefault("compiled", {})[options.compile] = found
+        new = {"compiled": {options.compile: found}}
     elif not options.only_print:
         os.environ["JAX_PLATFORMS"] = "cpu"  # shapes only: as many devices as there are chips
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={BASE}"
-        figures.setdefault("cells", {}).update(count_cells(options.sizes.split(",")))
+        new = {"cells": count_cells(options.sizes.split(","))}
+    figures = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {}
+    for name, found in new.items():
+        figures[name] = figures.get(name, {}) | found
     FIGURES.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n")
     from trimpi_jax.stages.estimate import CHIPS
 

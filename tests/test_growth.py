@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.growth import KINDS, choose_layout, read_collectives
+from benchmarks.growth import KINDS, Layout, choose_at_once, choose_layout, read_collectives
 
 # a loop of 8 around a loop of 36, as XLA:TPU writes them; numbers to check by hand
 PROGRAM = """
@@ -94,3 +94,12 @@ def test_more_chips_than_rows_need_tensor_until_heads_run_out(what, chips, heads
     layout = choose_layout(KINDS[what], chips, heads, least)
     found = (layout.tensor, layout.micro_batches) if layout else None
     assert found == expected
+
+
+def test_prompts_are_sampled_as_many_at_a_time_as_there_is_room_for():
+    rollouts = KINDS["decode"]  # 384 prompts
+    assert choose_layout(rollouts, 256, 2, 1) == Layout(256, 2, 3)  # 256 does not divide 384
+    layout = Layout(16, 1, 24)
+    assert choose_at_once(rollouts, layout, 100.0) == 96  # 16, 32, 48, 64, 96, 128, ...
+    assert choose_at_once(rollouts, layout, 1e9) == 384
+    assert choose_at_once(rollouts, layout, 3.0) == 16  # one a device; the table says "memory"
