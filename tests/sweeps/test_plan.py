@@ -87,6 +87,11 @@ def test_rows_that_cannot_be_compared_are_refused_all_at_once():
     assert "'more': 25600" in str(error.value) and "'cot_sft_grpo': 12800" in str(error.value)
 
 
+def test_checkpoints_elsewhere_are_refused():
+    with pytest.raises(ValueError, match="checkpoint_dir must be empty"):
+        make_runs(make_sweep(), {"checkpoint_dir": "gs://bucket/run"})
+
+
 def test_names_are_checked():
     rows = (*ROWS, ROWS[0], Row("a b", "x", "cot_sft"))
     claims = (*CLAIMS, Claim("bad", "x", "nobody", grows=True))

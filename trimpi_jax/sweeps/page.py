@@ -12,7 +12,6 @@ Next: trimpi_jax/sweep.py
 from __future__ import annotations
 
 import collections
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from trimpi_jax.io.curves import COLOURS, Curve, plot_lines, svg_address
 from trimpi_jax.io.paper_figures import FIGURES, SAVED, SUITE_FIGURES
 from trimpi_jax.io.report import render_template
 from trimpi_jax.sweeps.plan import AWARE, CHANGED, FREE, Claim, Column, Row, Run, Sweep
-from trimpi_jax.sweeps.records import DONE, FAILED, Found
+from trimpi_jax.sweeps.records import DONE, FAILED, Found, write_whole
 from trimpi_jax.sweeps.tables import (
     NOT_RUN,
     VERDICTS,
@@ -63,9 +62,7 @@ def write_page(
         "sweep.html.jinja", title=sweep.name, facts=facts, sections=sections, curves=curves
     )
     for name, text in (("report.html", page), ("report.md", markdown(sweep, facts, sections))):
-        part = root / f"{name}.part"
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, root / name)
+        write_whole(root / name, text)
 
 
 def make_facts(sweep: Sweep, runs: Sequence[Run], results: Results) -> dict[str, str]:

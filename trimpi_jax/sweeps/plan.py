@@ -261,6 +261,8 @@ def check_budgets(runs: Sequence[Run]) -> None:
     groups: dict[str, list[Run]] = collections.defaultdict(list)
     for run in runs:
         groups[run.group].append(run)
+        if run.config.get("checkpoint_dir"):
+            problems["checkpoint_dir must be empty: runs share their stages in the workdir"] = None
     for group in groups.values():
         first = group[0]
         for run in group[1:]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,12 +141,17 @@ def _answers(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """One result, complete or absent."""
+def write_whole(path: Path, text: str) -> None:
+    """A file, complete or as it was; several machines may write the same one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record))
+    part = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """One result."""
+    write_whole(path, json.dumps(record))
 
 
 def record_path(root: Path, name: str, key: str) -> Path:
@@ -177,9 +183,8 @@ def find_results(root: Path, keys: Mapping[str, str]) -> Found:
 
 def write_all(root: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
     """results.jsonl, one run a line."""
-    part = root / "results.jsonl.part"
-    part.write_text("".join(json.dumps(record) + "\n" for record in results.values()))
-    os.replace(part, root / "results.jsonl")
+    lines = "".join(json.dumps(record) + "\n" for record in results.values())
+    write_whole(root / "results.jsonl", lines)
 
 
 def check_same_questions(results: Mapping[str, Mapping[str, Any]]) -> None:

@@ -136,7 +136,7 @@ def claim_root(root: Path, sweep: Sweep) -> None:
                 " choose another folder"
             )
         return
-    if any(root.iterdir()):
+    if any(not found.name.startswith("sweep.json") for found in root.iterdir()):
         raise ValueError(f"{root} is not empty and has no sweep.json: not a sweep's folder")
     write_json(path, {"sweep": sweep.name})
 
