@@ -121,7 +121,7 @@ def verdict_table(sweep: Sweep, results: Results) -> Section:
     rows, missing = [], {}
     for one in judge_claims(sweep, results):
         if one.verdict == NOT_RUN:  # one line for all its tasks
-            missing.setdefault((one.claim, one.why), []).append(one.where)
+            missing.setdefault(one.claim, []).append((one.where, one.why))
             continue
         rows.append(
             [
@@ -134,8 +134,15 @@ def verdict_table(sweep: Sweep, results: Results) -> Section:
             ]
         )
     rows += [
-        [claim.text, "; ".join(where), NOT_RUN, NONE, why, describe_claim(claim, labels)]
-        for (claim, why), where in missing.items()
+        [
+            claim.text,
+            "; ".join(where for where, _ in parts),
+            NOT_RUN,
+            NONE,
+            parts[0][1] if len({why for _, why in parts}) == 1 else NONE,
+            describe_claim(claim, labels),
+        ]
+        for claim, parts in missing.items()
     ]
     return Section(
         "verdicts",
@@ -190,7 +197,7 @@ def _lines(value: Value | None) -> str:
 def paper_text(row: Row, column: Column) -> str:
     """`31.6 (3B), 47.0 (7B)`, or a dash."""
     figures = FIGURES.get(column.paper, {}).get(row.paper, {}) if row.paper else {}
-    return ", ".join(f"{value:.2f} ({size})" for size, value in figures.items()) or NONE
+    return ",\n".join(f"{value:.2f} ({size})" for size, value in figures.items()) or NONE
 
 
 def detail_table(sweep: Sweep, column: Column, results: Results) -> Section:
