@@ -137,6 +137,20 @@ def test_where_checkpoints_lie_and_that_they_go(config, tmp_path):
     delete_checkpoints(config, folder)  # once more is no error
 
 
+def test_two_starts_into_one_workdir_that_no_lock_protects(config, tmp_path, monkeypatch):
+    said = []
+    first = claim_checkpoints(config, tmp_path, said.append)
+    again = claim_checkpoints(config, tmp_path, said.append)  # a restart here, as always
+    assert said == []
+    with pytest.raises(ValueError, match="was taken over by another start"):
+        first()
+    monkeypatch.setattr(saving.socket, "gethostname", lambda: "another-host")
+    claim_checkpoints(config, tmp_path, said.append)
+    assert "should that still run, it will stop at its next save" in said[0]
+    with pytest.raises(ValueError, match="was taken over by another start"):
+        again()
+
+
 def test_two_starts_into_one_folder_of_checkpoints(config, tmp_path):
     config.checkpoint_dir = str(tmp_path)
     said = []

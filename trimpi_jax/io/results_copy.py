@@ -1,6 +1,6 @@
 """The results of a run beside its checkpoints in a bucket: for machines that lose their disks.
 
-    gs://bucket/run/run.json              whose it is (io/storage.py)
+    gs://bucket/run/.claim                whose it is (io/storage.py)
     gs://bucket/run/3_rl/40/...           checkpoints of the stage that runs
     gs://bucket/run/workdir/...           config, metrics, evaluations, models, as in the workdir
 

@@ -26,7 +26,7 @@ from etils import epath
 
 # scheme -> what reads it: module of fsspec's implementation, extra of this package
 STORES = {"gs": ("gcsfs", "gcs")}
-CLAIM = "run.json"
+CLAIM = ".claim"
 GIB = 2**30
 
 

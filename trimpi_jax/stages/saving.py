@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -156,24 +157,26 @@ def claim_checkpoints(
 ) -> Callable[[], None]:
     """Marks the folder of the checkpoints as this start's; returns what is called before each save.
 
-    That looks whether the folder still is ours, and copies results into a bucket. In the workdir
-    there is a lock (io/workdir_lock.py); object stores have none.
+    That looks whether the folder still is ours, and copies results into a bucket. The lock of a
+    workdir (io/workdir_lock.py) holds on one machine and on file systems that know locks; object
+    stores, and NFS mounted without locks, have none.
 
     Raises:
         ValueError: another run's folder.
     """
     elsewhere = config.get("checkpoint_dir") or ""
-    if not elsewhere or jax.process_index() != 0:
+    if jax.process_index() != 0:
         return lambda: None
-    token, before = claim_folder(elsewhere, config_digest(config))
-    if before is not None:
+    place = elsewhere or workdir  # whose config a workdir belongs to is known by now
+    token, before = claim_folder(place, config_digest(config) if elsewhere else "")
+    if before is not None and (elsewhere or before.get("host") != socket.gethostname()):
         say(
-            f"checkpoints: {elsewhere} was last used by process {before.get('pid')} on"
+            f"checkpoints: {place} was last used by process {before.get('pid')} on"
             f" {before.get('host')}; should that still run, it will stop at its next save"
         )
 
     def before_save() -> None:
-        if problem := claim_problem(elsewhere, token):
+        if problem := claim_problem(place, token):
             raise ValueError(problem)
         if is_remote(elsewhere):
             send_results(workdir, elsewhere)
