@@ -40,6 +40,7 @@ CHIP = "TPU v5"
 LINK_BYTES_S = 4800e9 / 8 / 2
 BASE = 16  # chips that the programs are traced for
 LEAST_TENSOR = {"3b": 1, "7b": 1, "72b": 4}  # so much that the copy that decodes fits a chip
+LOGIT_TOKENS = 2048  # of a device, whose logits are computed at a time
 AT_ONCE = 32  # prompts of the program of decoding: config.rl.sample_prompts
 ROOM = 0.8  # of a chip's memory for what a stage keeps; the rest is for activations
 
@@ -51,17 +52,17 @@ class Kind:
     stage: str
     program: str
     rows: int  # of a batch: no more chips can have a row each
-    row: str
+    targets: int = 0  # tokens of a row whose logits are computed
 
 
 KINDS = {
-    "vm_cpt": Kind("vm_cpt", "vm_cpt/step 3328", 128, "example"),
-    "cot_sft": Kind("cot_sft", "cot_sft/step 768", 64, "example"),
+    "vm_cpt": Kind("vm_cpt", "vm_cpt/step 3328", 128, 3328),
+    "cot_sft": Kind("cot_sft", "cot_sft/step 768", 64, 768),
     # of one view, all prompts of an RL step, as many at a time as memory has room for
-    "decode": Kind("rl", "rl/aware decode", 384, "prompt"),
-    "update": Kind("rl", "rl/update 384", 32, "prompt"),
+    "decode": Kind("rl", "rl/aware decode", 384),
+    "update": Kind("rl", "rl/update 384", 32, 16 * 384),
 }
-SCORE = {"score": Kind("rl", "rl/score 384", 32, "prompt")}  # a pass forward: quick to compile
+SCORE = {"score": Kind("rl", "rl/score 384", 32, 16 * 384)}  # a pass forward: quick to compile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +123,8 @@ def link_bytes(kind: Kind, model: Any, layout: Layout, program: Any) -> dict[str
 
     Weights are cut over fsdp x tensor; a layer is gathered over fsdp (in bfloat16) where it is
     used: forward, and again backward, where it is computed again (remat). Gradients are added and
-    cut over fsdp. `tensor` adds two sums of activations a layer each way.
+    cut over fsdp. The output matrix is gathered again for every block of logits. `tensor` adds two
+    sums of activations a layer each way.
     """
     text, tensor, devices = model.text, layout.tensor, layout.batch_devices
     share = (devices - 1) / devices
@@ -136,10 +138,13 @@ def link_bytes(kind: Kind, model: Any, layout: Layout, program: Any) -> dict[str
         return {"sums of activations": sums * around}
     tokens = program.tokens / devices  # of all micro-batches
     sums = text.depth * tokens * text.width * 2
-    if kind.program == "rl/score 384":  # all rows at once
-        return {"gathers": weights * share, "sums of activations": 2 * sums * around}
     passes = layout.micro_batches
-    gathers = 2 * passes * weights * share
+    again = math.ceil(kind.targets / LOGIT_TOKENS) - 1
+    gathered = weights + again * 2.0 * text.vocab_size * text.width / tensor
+    if kind.program == "rl/score 384":  # forward only
+        gathers = passes * gathered * share
+        return {"gathers": gathers, "sums of activations": 2 * sums * around}
+    gathers = 2 * passes * gathered * share
     adds = passes * weights * share if kind.stage != "cot_sft" else 0.0
     return {"gathers": gathers, "gradients": adds, "sums of activations": 6 * sums * around}
 
