@@ -95,7 +95,7 @@ def cell_loss(
         heads: from `init_heads`.
         labels: int [N, cells, SLOTS, fields].
     """
-    logits = visual @ heads["kernel"] + heads["bias"]
+    logits = visual @ heads["kernel"] + heads["bias"][None, None]
     logits = logits.reshape(*visual.shape[:2], SLOTS, -1)
     labels = labels.astype(jnp.int32)
     there = labels[..., 0] > 0
