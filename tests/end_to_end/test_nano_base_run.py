@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from data_pipelines.nano_base.mixture import TASKS
 from tests.end_to_end.conftest import load_config, shrink_model
 from tests.end_to_end.test_main_job import quiet
 from trimpi_jax.io.metrics import read_metrics
@@ -30,7 +31,8 @@ def small_config():
     config.model.tokenizer_documents = 200
     config.perception.update({"steps": STEPS, "scenes": 2, "lone": 2, "warmup_steps": 1})
     config.save_every = 1
-    policies = {"until": 1.0, "shares": (0.0, 0.0, 0.0, 1.0), "depths": (1,), "shown": 1.0}
+    shares = tuple(float(task == "policy") for task in TASKS)
+    policies = {"until": 1.0, "shares": shares, "depths": (1,), "shown": 1.0}
     config.reading.update({"steps": STEPS, "warmup_steps": 1})
     config.reading.phases = (type(config)(policies),)
     config.joint.steps = 0  # the third leg runs as the second does
