@@ -57,9 +57,14 @@ def write_page(
     """Write report.html and report.md; each appears complete or not at all."""
     sections = make_sections(sweep, runs, results, found)
     facts = make_facts(sweep, runs, results)
-    curves = make_plots(sweep, results)
+    overviews, curves = make_plots(sweep, results)
     page = render_template(
-        "sweep.html.jinja", title=sweep.name, facts=facts, sections=sections, curves=curves
+        "sweep.html.jinja",
+        title=sweep.name,
+        facts=facts,
+        sections=sections,
+        overviews=overviews,
+        curves=curves,
     )
     for name, text in (("report.html", page), ("report.md", markdown(sweep, facts, sections))):
         write_whole(root / name, text)
@@ -287,7 +292,8 @@ class Measured(NamedTuple):
     title: str
     header: str
     path: tuple[str, ...]
-    more: tuple[tuple[str, tuple[str, ...], float], ...]  # further columns: header, path, factor
+    more: tuple[tuple[str, tuple[str, ...]], ...]  # further columns: counts, header and path
+    of: tuple[str, ...]  # how many answers there are: counts are shown as shares of them
     note: str
 
 
@@ -296,9 +302,10 @@ REFERRAL = Measured(
     "score, 0 to 10",
     ("suites", "referral", "score"),
     (
-        ("wholly true answers", ("suites", "referral", "all_true"), 1.0),
-        ("answers that cite nothing", ("suites", "referral", "cites_nothing"), 1.0),
+        ("wholly true answers, %", ("suites", "referral", "all_true")),
+        ("answers that cite nothing, %", ("suites", "referral", "cites_nothing")),
     ),
+    ("suites", "referral", "count"),
     "Is what the reasoning says about the policy true? Checked by program, every citation; the"
     " paper's is an LLM's judgement of 100 answers.",
 )
@@ -308,11 +315,11 @@ BRANCHING = Measured(
     ("suites", "anatomy", "branching", "per_2000"),
     (
         (
-            "answers that cite a Condition that is not there",
+            "answers that cite a Condition that is not there, %",
             ("suites", "anatomy", "branching", "answers_with_missing_section"),
-            1.0,
         ),
     ),
+    ("suites", "anatomy", "branching", "count"),
     "How often each Condition is cited, against the gold chains; lower is better. It depends on the"
     " number of Conditions, so depths cannot be compared.",
 )
@@ -325,7 +332,8 @@ def suite_table(
     title: str,
     header: str,
     path: tuple[str, ...],
-    more: Sequence[tuple[str, tuple[str, ...], float]],
+    more: Sequence[tuple[str, tuple[str, ...]]],
+    of: tuple[str, ...],
     note: str,
 ) -> Section:
     """One number of a suite by row and column, beside the paper's."""
@@ -334,18 +342,22 @@ def suite_table(
         value = mean_over_seeds(results, row.name, column.name, path)
         if value is None:
             continue
-        others = [mean_over_seeds(results, row.name, column.name, where) for _, where, _ in more]
+        counts = [mean_over_seeds(results, row.name, column.name, where) for _, where in more]
+        answers = mean_over_seeds(results, row.name, column.name, of)
         paper = SUITE_FIGURES[suite].get(column.paper, {}).get(row.paper)
         rows.append(
             [
                 row.label,
                 column.label,
                 f"{value:.2f}",
-                *(NONE if other is None else f"{other:.1f}" for other in others),
+                *(
+                    f"{100 * count / answers:.1f}" if count is not None and answers else NONE
+                    for count in counts
+                ),
                 NONE if paper is None else f"{paper:.2f}",
             ]
         )
-    headers = ["method", "task", header, *(name for name, _, _ in more), "paper, 7B"]
+    headers = ["method", "task", header, *(name for name, _ in more), "paper, 7B"]
     return Section(suite, title, headers, rows, note + " Means over seeds.")
 
 
@@ -477,19 +489,20 @@ def _finished(sweep: Sweep, results: Results) -> list[tuple[Row, Column]]:
     ]
 
 
-def make_plots(sweep: Sweep, results: Results) -> list[Curve]:
-    """Accuracy by row, the gain of PoRo over depth, training curves by row."""
-    plots = [
+def make_plots(sweep: Sweep, results: Results) -> tuple[list[Curve], list[Curve]]:
+    """(accuracy by row in every column; the gain of PoRo over depth and training curves by row)."""
+    overviews = [
         plot_rows(sweep, column, results)
         for column in sweep.columns
         if any(done_records(results, row.name, column.name) for row in sweep.rows)
     ]
+    plots = []
     for claim in sweep.claims:
         if claim.grows and (plot := plot_gain(sweep, claim, results)):
             plots.append(plot)
     for column in sweep.columns:
         plots += plot_training(sweep, column, results)
-    return plots
+    return overviews, plots
 
 
 def plot_rows(sweep: Sweep, column: Column, results: Results) -> Curve:
