@@ -1,6 +1,9 @@
 """Eight devices give the numbers of one; meshes and layouts that cannot work say why."""
 
 import dataclasses
+import math
+import types
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +16,14 @@ from tests.parity.rows import LAYOUTS, make_batch, make_row, random_params, tiny
 from trimpi_jax.io.checkpoints import open_checkpoints, restore_latest, save_checkpoint
 from trimpi_jax.models import lora, vlm
 from trimpi_jax.sharding import (
+    MESH_AXES,
     batch_sharding,
     constrain,
     make_mesh,
     nearest_mesh,
     param_shardings,
     place_batch,
+    row_share,
     state_shardings,
 )
 from trimpi_jax.stages.supervised import StepSettings, make_supervised_step
@@ -203,3 +208,51 @@ def test_a_step_with_half_moments_restored_onto_another_mesh(tmp_path):
         jax.device_get(state.params),
         jax.device_get(expected.params),
     )
+
+
+# ---- which rows are whose
+
+
+class FakeDevice(NamedTuple):
+    """What a mesh needs to know of a device."""
+
+    id: int
+    process_index: int
+
+
+def share_of(shape, per_process, process, monkeypatch):
+    """The share of a process that has so many of the devices, one after the other."""
+    count = math.prod(shape)
+    grid = np.empty(count, object)
+    grid[:] = [FakeDevice(i, i // per_process) for i in range(count)]
+    mesh = types.SimpleNamespace(
+        devices=grid.reshape(shape), shape=dict(zip(MESH_AXES, shape, strict=True))
+    )
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    return row_share.__wrapped__(mesh)
+
+
+@pytest.mark.parametrize(
+    ("shape", "per_process", "shares", "rows"),
+    [
+        ((2, 2, 1), 2, 2, {0: [0, 1, 2, 3], 1: [4, 5, 6, 7]}),
+        ((1, 4, 1), 1, 4, {0: [0, 1], 3: [6, 7]}),
+        ((1, 2, 2), 2, 2, {0: [0, 1, 2, 3], 1: [4, 5, 6, 7]}),
+        # tensor over two hosts: both hold the same rows
+        ((1, 2, 2), 1, 2, {0: [0, 1, 2, 3], 1: [0, 1, 2, 3], 2: [4, 5, 6, 7]}),
+        ((1, 1, 4), 2, 1, {0: list(range(8)), 1: list(range(8))}),
+    ],
+)
+def test_rows_of_processes_by_hand(shape, per_process, shares, rows, monkeypatch):
+    for process, expected in rows.items():
+        share = share_of(shape, per_process, process, monkeypatch)
+        assert share.count == shares
+        assert share.part(8) == 8 // shares
+        assert share.global_rows(8).tolist() == expected
+        told = [f"process {i}" for i in range(math.prod(shape) // per_process)]
+        assert len(share.of_leaders(told)) == shares
+
+
+def test_rows_that_would_be_dealt_unevenly_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="deals the rows of a batch unevenly"):
+        share_of((1, 3, 2), 3, 0, monkeypatch)  # the second block lies on two processes

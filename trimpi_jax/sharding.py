@@ -15,11 +15,14 @@ Next: trimpi_jax/ops/norms.py
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -311,17 +314,136 @@ def _mesh_axes(name: str | None, size: int, mesh: Any) -> tuple[str, ...]:
     return names if size % math.prod(mesh.shape[n] for n in names) == 0 else ()
 
 
+@dataclasses.dataclass(frozen=True)
+class RowShare:
+    """Which part of every batch is this process's.
+
+    The rows of a batch lie over the devices of ("data", "fsdp") in equal blocks. A share is the
+    blocks of the devices of one process; where "tensor" crosses hosts, processes hold the same one.
+
+        data=2 fsdp=2 on 2 processes    rows 0-3 of 8: process 0    4-7: process 1
+    """
+
+    number: int  # this process's share
+    count: int  # shares
+    leaders: tuple[int, ...]  # per share the first process that holds it
+    blocks: tuple[int, ...]  # row blocks of this share, ascending
+    degree: int  # blocks of all shares
+
+    def part(self, rows: int) -> int:
+        """This process's rows of `rows`."""
+        return rows // self.count
+
+    def of_leaders(self, told: Sequence[Any]) -> list[Any]:
+        """Of what every process said, one of each share."""
+        return [told[process] for process in self.leaders]
+
+    def global_rows(self, rows: int) -> np.ndarray:
+        """int32, where this process's rows stand in a batch of `rows`."""
+        block = rows // self.degree
+        starts = np.asarray(self.blocks, np.int32)[:, None] * block
+        return (starts + np.arange(block, dtype=np.int32)[None]).reshape(-1)
+
+
+@functools.lru_cache
+def row_share(mesh: Mesh) -> RowShare:
+    """The share of this process.
+
+    Raises:
+      ValueError: processes that share some of their rows, or have more rows than others.
+    """
+    grid = mesh.devices.reshape(-1, mesh.shape["tensor"])  # [block, tensor]
+    held: dict[int, list[int]] = {}
+    for block, devices in enumerate(grid):
+        for process in dict.fromkeys(device.process_index for device in devices):
+            held.setdefault(process, []).append(block)
+    shares = sorted(set(map(tuple, held.values())))
+    if sum(map(len, shares)) != len(grid) or len({len(share) for share in shares}) > 1:
+        raise ValueError(
+            f"mesh {dict(mesh.shape)} deals the rows of a batch unevenly over the processes (blocks"
+            f" of rows by process: {held}); let --config.mesh.tensor divide the devices of a host,"
+            " or be a multiple of them"
+        )
+    first = {share: min(p for p in held if tuple(held[p]) == share) for share in shares}
+    own = tuple(held[jax.process_index()])
+    leaders = tuple(first[share] for share in shares)
+    return RowShare(shares.index(own), len(shares), leaders, own, len(grid))
+
+
 def place_batch(batch: Any, mesh: Mesh) -> Any:
-    """A tree of host arrays whose leaves lead with rows, laid over the mesh.
+    """A tree of host arrays whose leaves lead with this process's rows, laid over the mesh.
 
     Raises:
       ValueError: the rows do not divide over the devices of the batch axes.
     """
-    degree = mesh.shape["data"] * mesh.shape["fsdp"]
+    share = row_share(mesh)
+    degree = len(share.blocks)
     rows = jax.tree.leaves(batch)[0].shape[0]
     if rows % degree:
+        here = f" of this process (of {share.count})" if share.count > 1 else ""
         raise ValueError(
-            f"{rows} rows are not divisible by the {degree} devices of mesh axes ('data', 'fsdp')."
-            f" Use a multiple of {degree}, or change --config.mesh."
+            f"{rows} rows are not divisible by the {degree} devices of mesh axes ('data', 'fsdp')"
+            f"{here}. Use a multiple of {degree}, or change --config.mesh."
         )
-    return jax.device_put(batch, batch_sharding(mesh))
+    sharding = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+
+    def one(leaf):
+        leaf = np.asarray(leaf)
+        shape = (rows * share.count, *leaf.shape[1:])
+        block = shape[0] // share.degree
+
+        def part(index):
+            start = share.blocks.index((index[0].start or 0) // block) * block
+            return leaf[start : start + block]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(one, batch)
+
+
+def place_whole(tree: Any, mesh: Mesh) -> Any:
+    """Host arrays that all processes have alike, whole on every device of the mesh."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+
+    def one(leaf):
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(one, tree)
+
+
+def fetch_rows(tree: Any, mesh: Mesh) -> Any:
+    """The inverse of `place_batch`: this process's rows, as numpy.
+
+    Rows that XLA has left on devices of other processes are laid where they belong first.
+    """
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    share = row_share(mesh)
+
+    def one(leaf):
+        own = share.global_rows(leaf.shape[0])
+        found = _read_rows(leaf, own)
+        return _read_rows(_lay_rows(leaf, batch_sharding(mesh)), own) if found is None else found
+
+    return jax.tree.map(one, tree)
+
+
+def _read_rows(leaf: jax.Array, rows: np.ndarray) -> np.ndarray | None:
+    """The rows from the devices of this process; None where it does not hold them all."""
+    found = np.zeros((len(rows), *leaf.shape[1:]), leaf.dtype)
+    filled = np.zeros(found.shape, bool)
+    for shard in leaf.addressable_shards:
+        start, stop, _ = shard.index[0].indices(leaf.shape[0])
+        mine = np.flatnonzero((rows >= start) & (rows < stop))
+        where = (mine, *shard.index[1:])
+        found[where] = np.asarray(shard.data)[rows[mine] - start]
+        filled[where] = True
+    return found if filled.all() else None
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _lay_rows(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(leaf, sharding)

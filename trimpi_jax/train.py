@@ -14,7 +14,13 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from trimpi_jax.io.flags import parse_flags
-from trimpi_jax.io.hosts import compare_hosts, define_start_flags, gather_facts, start_hosts
+from trimpi_jax.io.hosts import (
+    compare_hosts,
+    define_start_flags,
+    end_together,
+    gather_facts,
+    start_hosts,
+)
 from trimpi_jax.io.storage import is_remote
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -37,14 +43,16 @@ def main(argv: list[str]) -> None:
                 f"--workdir is a folder, got {_WORKDIR.value}; checkpoints go to a bucket, and"
                 f" results are copied there, with --config.checkpoint_dir={_WORKDIR.value}"
             )
-        hosts = start_hosts(_START())
-        if hosts.count > 1:
-            facts = gather_facts(config, workdir)
-            place, elsewhere = workdir.expanduser().resolve(), config.get("checkpoint_dir", "")
-            compare_hosts(hosts, facts, place, _START().timeout_s, elsewhere)
-        from trimpi_jax.stages.pipeline import run  # heavy imports only when all has begun well
+        start = _START()
+        hosts = start_hosts(start)
+        with end_together(hosts, start.lost_after_s):
+            if hosts.count > 1:
+                facts = gather_facts(config, workdir)
+                place, elsewhere = workdir.expanduser().resolve(), config.get("checkpoint_dir", "")
+                compare_hosts(hosts, facts, place, start.timeout_s, elsewhere)
+            from trimpi_jax.stages.pipeline import run  # heavy imports only when all is well
 
-        run(config, workdir)
+            run(config, workdir)
     except KeyboardInterrupt:
         sys.exit("interrupted; nothing is lost, start the same command again to continue")
     except (ValueError, OSError, RuntimeError) as error:

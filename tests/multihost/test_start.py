@@ -84,8 +84,9 @@ def test_two_processes_agree_or_name_the_difference(tmp_path):
         assert "config.mesh.fsdp: process 0" in output
         assert "Traceback" not in output
 
-    for status, output in start_both("trimpi_jax.train", *config):
+    batch = "--config.cot_sft.batch=6"  # of two processes of two devices
+    for status, output in start_both("trimpi_jax.train", *config, batch):
         assert status == 1, output
-        assert "2 processes have found each other" in output
+        assert "--config.cot_sft.batch=6 is not a multiple of 4; the nearest are 4 and 8" in output
         assert "Traceback" not in output
     assert list((tmp_path / "run").iterdir()) == []  # nothing was begun

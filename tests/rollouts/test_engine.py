@@ -53,7 +53,9 @@ def weights(devices=1):
     return engine(devices).load(params)
 
 
-def ask_aware(questions, *, share, max_chunk=1, reuse_images=True, rows=None, devices=1):
+def ask_aware(
+    questions, *, share, max_chunk=1, reuse_images=True, rows=None, devices=1, settings=SETTINGS
+):
     """(rollouts, view) of the policy-aware view."""
     here, loaded = engine(devices), weights(devices)
     rows = rows or len(questions)
@@ -63,8 +65,8 @@ def ask_aware(questions, *, share, max_chunk=1, reuse_images=True, rows=None, de
         view = make_aware_view(here, asked, rows, max_chunk)
         visual = encode_visual(here, loaded, free) if reuse_images and view.policies else None
         key = jax.random.key(0)
-        started = read_prompts(here, loaded, view, visual, SETTINGS, key, questions)
-        return fetch(view, answer(loaded, started)), view
+        started = read_prompts(here, loaded, view, visual, settings, key, questions)
+        return fetch(here, view, answer(loaded, started)), view
 
 
 @functools.cache
@@ -93,6 +95,18 @@ def test_one_policy_is_kept_once_for_all():
     expected = whole()
     places = [0, 2, 3, 4]
     np.testing.assert_array_equal(found.tokens, expected.tokens[places])
+
+
+def test_leaving_out_finished_rows_keeps_prompts_behind_their_policies():
+    one = dataclasses.replace(SETTINGS, completions=1)
+    expected, view = ask_aware(QUESTIONS, share=True, settings=one)
+    assert view.policy_of.tolist() == [0, 0, 0, 0, 1]
+    lengths = expected.lengths[:, 0]
+    # while the prompt of the other policy goes on, one that lies before it is done
+    assert lengths[[0, 2, 3, 4]].min() < lengths[1]
+    compacting = dataclasses.replace(one, completions=2, compact_every=1)
+    found, _ = ask_aware(QUESTIONS, share=True, settings=compacting)
+    np.testing.assert_array_equal(found.tokens[:, :1], expected.tokens)
 
 
 def test_padding_changes_nothing():

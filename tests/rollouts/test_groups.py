@@ -90,3 +90,16 @@ def test_every_prompt_stands_alone_behind_its_own_policy(owners, max_chunk, mult
     if chunks.size > 1:
         assert len(chunks.policy_of) * chunks.size <= len(owners) * (1 + MAX_EMPTY_SHARE)
     assert np.bincount(chunks.policy_of).size <= 5
+
+
+def test_parts_of_a_batch_have_chunks_of_one_size_and_as_many():
+    # A A A A behind chunks of 2; A B A B needs two of them as well
+    parts = [[0, 0, 0, 0], [0, 1, 0, 1]]
+    plans = [plan_chunks(own, 2, everyone=parts) for own in parts]
+    assert [plan.size for plan in plans] == [2, 2]
+    assert [plan.policy_of.tolist() for plan in plans] == [[0, 0], [0, 1]]
+    # A B C of the second part would leave half of such chunks empty: then neither has them
+    parts = [[0, 0, 0, 0], [0, 1, 2, 2]]
+    plans = [plan_chunks(own, 2, everyone=parts) for own in parts]
+    assert [plan.size for plan in plans] == [1, 1]
+    assert [len(plan.policy_of) for plan in plans] == [4, 4]

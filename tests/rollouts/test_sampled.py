@@ -4,12 +4,15 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.tiny_model import load_tiny_processor, make_question
 from trimpi_jax.rollouts.groups import PromptSizes
 from trimpi_jax.rollouts.sampled import (
     Group,
     behavior_of,
+    deal_groups,
     decode_groups,
     encode_groups,
     make_group_batch,
@@ -87,11 +90,28 @@ def test_groups_survive_a_checkpoint_bit_by_bit():
 
 def test_kept_behavior_fits_a_longer_or_shorter_batch():
     group = make_group(0, behavior=np.full((3, 4), -0.5, np.float32))
-    assert (behavior_of([group], 8, 2)[0, :, :4] == -0.5).all()
-    assert not behavior_of([group], 8, 2)[0, :, 4:].any()
-    assert behavior_of([group, make_group(1)], 2, 2).shape == (2, 3, 2)
+    assert (behavior_of([group], (2, 3, 8))[0, :, :4] == -0.5).all()
+    assert not behavior_of([group], (2, 3, 8))[0, :, 4:].any()
+    assert behavior_of([group, make_group(1)], (2, 3, 2)).shape == (2, 3, 2)
 
 
 def test_only_a_spread_of_rewards_teaches():
     assert make_group(0).has_spread
     assert not make_group(0, rewards=(0.1, 0.1, 0.1)).has_spread
+
+
+def test_groups_move_only_from_a_share_without_room_by_hand():
+    assert deal_groups([0, 0, 0, 1], 2, 2) == [0, 0, 1, 1]
+    assert deal_groups([0, 1, 0, 1], 2, 2) == [0, 1, 0, 1]
+    assert deal_groups([2, 2, 2], 3, 1) == [2, 0, 1]
+    assert deal_groups([1, 1], 4, 2) == [1, 1]  # fewer groups than room: nothing moves
+    assert deal_groups([], 2, 2) == []
+
+
+@given(st.lists(st.integers(0, 3), max_size=12), st.integers(3, 5))
+def test_every_share_gets_at_most_its_room(owners, room):
+    dealt = deal_groups(owners, 4, room)
+    counts = np.bincount(dealt, minlength=4)
+    assert counts.max(initial=0) <= room
+    moved = sum(one != other for one, other in zip(owners, dealt, strict=True))
+    assert moved == np.maximum(np.bincount(owners, minlength=4) - room, 0).sum()

@@ -64,7 +64,7 @@ def sample(settings, questions, seed=0, rows=None, **shape):
     view = view_of(questions, rows, **shape)
     key = jax.random.key(seed)
     asked = read_prompts(engine(**shape), weights(), view, None, settings, key, questions)
-    return fetch(view, answer(weights(), asked))
+    return fetch(engine(), view, answer(weights(), asked))
 
 
 @functools.cache
@@ -201,7 +201,7 @@ def test_visual_tokens_are_never_sampled_however_likely(monkeypatch, settings):
     asked = read_prompts(
         engine(), weights(), view, None, settings, jax.random.key(0), QUESTIONS[:2]
     )
-    rollouts = fetch(view, answer(weights(), dataclasses.replace(asked, sampler=biased)))
+    rollouts = fetch(engine(), view, answer(weights(), dataclasses.replace(asked, sampler=biased)))
     for q, g in np.ndindex(rollouts.lengths.shape):
         said = rollouts.tokens[q, g, : rollouts.lengths[q, g]]
         assert len(said)

@@ -116,7 +116,7 @@ def make_step(
     script = Script(said)
     monkeypatch.setattr(rl, "read_prompts", script.read_prompts)
     monkeypatch.setattr(rl, "answer", script.answer)
-    monkeypatch.setattr(rl, "fetch", lambda view, rollouts: rollouts)
+    monkeypatch.setattr(rl, "fetch", lambda engine, view, rollouts: rollouts)
     plain = dataclasses.replace(settings, max_attempts=1, stop_after_dry_steps=0, max_rollouts=0)
     made = jitted(plain, objective or grpo(), micro_batches, devices)
     step = RLStep.__new__(RLStep)
@@ -228,7 +228,8 @@ def test_a_few_updates_move_what_the_policy_taught_into_the_policy_free_actor(mo
 
     def score(weights):
         step.loaded = step.engine.load(weights)
-        groups = step._draw(9, questions(), rl._Clock()).groups
+        asking = [((0, i, 0), question) for i, question in enumerate(questions())]
+        groups = step._draw(9, asking, rl._Clock()).groups
         batch = step._group_batch(groups)
         found = np.asarray(step._score(weights, batch, None))
         said = np.arange(found.shape[-1]) < batch.lengths[..., None]

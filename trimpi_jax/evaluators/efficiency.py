@@ -43,6 +43,7 @@ from trimpi_jax.rollouts.engine import (
     prompt_lengths,
     read_prompts,
 )
+from trimpi_jax.sharding import place_whole
 
 WARM_UP = 2
 REPEATS = 15
@@ -76,13 +77,14 @@ def measure_prefill_ms(
     processor: Processor,
     *,
     policy_in_prompt: bool,
+    mesh: jax.sharding.Mesh,
 ) -> float:
     """Median milliseconds of the prefill of one prompt at its exact length, after warm-up."""
     row = encode_prompt(example, processor, policy_in_prompt=policy_in_prompt)
     batch = make_batch(
         [row], num_rows=1, num_tokens=len(row.tokens), num_windows=len(row.images.patches)
     )
-    batch = jax.device_put(batch)
+    batch = place_whole(batch, mesh)
     times = []
     for _ in range(WARM_UP + REPEATS):
         started = time.perf_counter()
@@ -125,7 +127,7 @@ def measure_throughput(
         asked = read_prompts(
             engine, weights, view, visual, evaluator.sampler, key, questions.examples
         )
-        return fetch(view, answer(weights, asked))
+        return fetch(engine, view, answer(weights, asked))
 
     rollouts = run()  # compiles
     times = []

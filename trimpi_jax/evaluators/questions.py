@@ -30,10 +30,12 @@ from trimpi_jax.grading.grader import answer_form, grade_completions
 from trimpi_jax.inputs.batching import plan_buckets
 from trimpi_jax.inputs.encode import policy_key
 from trimpi_jax.inputs.sizes import SizeReader
+from trimpi_jax.io.agreement import gather
 from trimpi_jax.models.processor import decode_completion
 from trimpi_jax.rollouts.choosing import SamplerSettings
 from trimpi_jax.rollouts.engine import Engine, Weights, ask, prompt_lengths
 from trimpi_jax.rollouts.groups import PromptSizes
+from trimpi_jax.sharding import row_share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +128,15 @@ class Evaluator:
         return [records[i] for i in range(len(examples))]
 
     def _ask_chunk(
+        self, examples: Sequence[Example], chunk: Sequence[int], aware: bool
+    ) -> dict[int, dict[str, Any]]:
+        """Each process answers and grades its share of the chunk; all know all records."""
+        share = row_share(self.engine.mesh)
+        own = self._ask_own(examples, chunk[share.number :: share.count], aware)
+        told = share.of_leaders(gather(list(own.items()), "answers"))
+        return {i: record for part in told for i, record in part}
+
+    def _ask_own(
         self, examples: Sequence[Example], chunk: Sequence[int], aware: bool
     ) -> dict[int, dict[str, Any]]:
         engine, rows = self.engine, self.settings.rows

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -154,37 +154,67 @@ class BatchShapes:
         ]
 
 
-def fill_batch(rows: Sequence[EncodedRow], shapes: BatchShapes) -> Batch:
+# sizes that this process wants -> the sizes that all take: the largest of each
+Agree = Callable[[Sequence[int]], Sequence[int]]
+
+
+def fill_batch(rows: Sequence[EncodedRow], shapes: BatchShapes, agree: Agree = list) -> Batch:
     """A Batch of all rows in the smallest of the shapes that holds them.
+
+    Args:
+        rows: of this process, possibly none.
+        shapes: of this process's part of the batch.
+        agree: where several processes make a batch together: the largest shape that one needs.
 
     Raises:
         ValueError: none does.
     """
     if shapes.pack_tokens:
         rows = pack_rows(rows, shapes.pack_tokens, shapes.pack_windows)
-        return make_batch(
-            rows,
-            num_rows=choose_bucket(len(rows), row_counts(shapes.rows, shapes.row_multiple)),
-            num_tokens=shapes.pack_tokens,
-            num_windows=shapes.pack_windows,
-        )
+        count = choose_bucket(len(rows), row_counts(shapes.rows, shapes.row_multiple))
+        size = count, shapes.pack_tokens, shapes.pack_windows
+    else:
+        size = shapes.rows, *bucket_of(rows, shapes.token_buckets, shapes.window_buckets)
+    num_rows, num_tokens, num_windows, *slots = agree([*size, *slots_of(rows)])
     return make_batch(
         rows,
-        num_rows=shapes.rows,
-        num_tokens=choose_bucket(max(len(row.tokens) for row in rows), shapes.token_buckets),
-        num_windows=choose_bucket(
-            max(len(row.images.patches) for row in rows), shapes.window_buckets
-        ),
+        num_rows=num_rows,
+        num_tokens=num_tokens,
+        num_windows=num_windows,
+        slots=slots,
+        packed=bool(shapes.pack_tokens),
     )
 
 
+def bucket_of(
+    rows: Sequence[EncodedRow], token_buckets: Sequence[int], window_buckets: Sequence[int]
+) -> tuple[int, int]:
+    """The smallest (tokens, windows) that hold all rows, of which there may be none."""
+    return (
+        choose_bucket(max((len(row.tokens) for row in rows), default=0), token_buckets),
+        choose_bucket(max((len(row.images.patches) for row in rows), default=0), window_buckets),
+    )
+
+
+def slots_of(rows: Sequence[EncodedRow | None]) -> tuple[int, int]:
+    """(patch slots a window, bytes a patch) of rows; zeros where there is none."""
+    return next((row.images.patches.shape[1:3] for row in rows if row is not None), (0, 0))
+
+
 def make_batch(
-    rows: Sequence[EncodedRow | None], *, num_rows: int, num_tokens: int, num_windows: int
+    rows: Sequence[EncodedRow | None],
+    *,
+    num_rows: int,
+    num_tokens: int,
+    num_windows: int,
+    slots: Sequence[int] = (0, 0),
+    packed: bool = False,
 ) -> Batch:
     """A Batch [num_rows, num_tokens] with `num_windows` vision windows a row.
 
     Missing rows, None or after the last, are padding with `valid` False and length 1 (so that no
-    attention row is empty). The batch has `segments` when one of the rows is packed.
+    attention row is empty). The batch has `segments` when one of the rows is packed. Where there
+    may be no row to ask, `slots` is the result of `slots_of`, and `packed` says so.
 
     Raises:
         ValueError: more rows, tokens or windows than the shape holds.
@@ -197,8 +227,8 @@ def make_batch(
             f"{len(rows)} rows of up to {tokens} tokens and {windows} windows do not fit a batch of"
             f" {num_rows} rows, {num_tokens} tokens, {num_windows} windows"
         )
-    packed = any(row.segments is not None for row in real)
-    slots, patch_bytes = real[0].images.patches.shape[1:] if real else (0, 0)
+    packed = packed or any(row.segments is not None for row in real)
+    patches, patch_bytes = slots_of(real) if real else slots
     batch = Batch(
         tokens=np.zeros((num_rows, num_tokens), np.int32),
         loss_mask=np.zeros((num_rows, num_tokens), bool),
@@ -206,9 +236,9 @@ def make_batch(
         positions=np.zeros((num_rows, 3, num_tokens), np.int32),
         rope_delta=np.zeros((num_rows,), np.int32),
         visual_index=np.full((num_rows, num_tokens), -1, np.int32),
-        patches=np.zeros((num_rows, num_windows, slots, patch_bytes), np.uint8),
-        patch_hw=np.zeros((num_rows, num_windows, slots, 2), np.int32),
-        patch_segment=np.zeros((num_rows, num_windows, slots), np.int32),
+        patches=np.zeros((num_rows, num_windows, patches, patch_bytes), np.uint8),
+        patch_hw=np.zeros((num_rows, num_windows, patches, 2), np.int32),
+        patch_segment=np.zeros((num_rows, num_windows, patches), np.int32),
         valid=np.zeros((num_rows,), bool),
         segments=np.zeros((num_rows, num_tokens), np.int32) if packed else None,
     )

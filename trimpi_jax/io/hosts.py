@@ -21,12 +21,14 @@ import hashlib
 import json
 import os
 import platform
+import re
 import secrets
 import socket
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -54,6 +56,7 @@ class StartFlags:
     num_processes: int | None = None
     process_id: int | None = None
     timeout_s: int = 300
+    lost_after_s: int = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +78,12 @@ def define_start_flags() -> Callable[[], StartFlags]:
     timeout = flags.DEFINE_integer(
         "start_timeout_s", 300, "longest wait for the other processes, in seconds", lower_bound=1
     )
-    return lambda: StartFlags(coordinator.value, count.value, process.value, timeout.value)
+    lost = flags.DEFINE_integer(
+        "lost_after_s", 30, "a process unheard of for so many seconds is gone", lower_bound=5
+    )
+    return lambda: StartFlags(
+        coordinator.value, count.value, process.value, timeout.value, lost.value
+    )
 
 
 def start_hosts(start: StartFlags) -> Hosts:
@@ -181,8 +189,97 @@ def _initialize(start: StartFlags, found_by: str) -> None:
             cluster_detection_method="deactivate" if start.coordinator else None,
             # its own end of waiting is an abort without a name: ours comes first
             initialization_timeout=start.timeout_s + 60,
+            heartbeat_timeout_seconds=start.lost_after_s,
             shutdown_timeout_seconds=15,
         )
+
+
+FAILED = "trimpi_jax/failed"  # what the first process that failed says to the others
+# what the death of another process looks like from here: gloo, NCCL, the coordination service
+LOST = re.compile(r"Gloo|NCCL|Socket closed|Connection (closed|reset)|UNAVAILABLE|heartbeat")
+EXIT_LOST = 134  # 128 + SIGABRT, with which JAX ends a process that has lost another one
+GO_ON = (
+    "Nothing saved is lost: start the same command again on every host, it continues at the last"
+    " checkpoint"
+)
+# speaks when the process that started it ends without having said "ended": also after kill -9
+HERALD = "import sys; sys.stdin.read() == 'ended' or print(sys.argv[1], file=sys.stderr)"
+
+
+@contextlib.contextmanager
+def end_together(hosts: Hosts, lost_after_s: float) -> Iterator[None]:
+    """While the body runs on several processes, none waits in silence for one that is gone.
+
+    A process whose body raises tells the others why, and all end with status 1. One that is killed
+    is noticed by JAX after `lost_after_s`, which ends the others; a helper process says what that
+    means, since nothing of Python runs any more then.
+    """
+    if hosts.count == 1:
+        yield
+        return
+    who = f"process {hosts.process} of {hosts.count} ({socket.gethostname()})"
+    herald = subprocess.Popen(
+        [sys.executable, "-S", "-E", "-c", HERALD, f"{who} has ended: it was killed, or it has"
+         f" lost another one, which JAX names above. {GO_ON}"],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True, text=True,
+    )  # fmt: skip
+    done = threading.Event()
+    listener = threading.Thread(target=_listen, args=(hosts, who, herald, done), daemon=True)
+    listener.start()
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        text = f"{type(error).__name__}: {error}"
+        if LOST.search(str(error)):
+            first = text.splitlines()[0]
+            print(f"{who} has lost another one ({first}); JAX says which", file=sys.stderr)
+            sys.stderr.flush()
+            time.sleep(2 * lost_after_s + 10)  # JAX ends this process before
+            _leave(herald, f"{who} has not learnt which one it was. {GO_ON}", EXIT_LOST)
+        if type(error) not in (ValueError, OSError, RuntimeError, FileNotFoundError, TimeoutError):
+            traceback.print_exc()  # not the user's doing
+        with contextlib.suppress(Exception):
+            _client().key_value_set(FAILED, f"{who}: {text}", allow_overwrite=True)
+        _leave_last(hosts, herald, text)
+    finally:
+        done.set()
+        listener.join()  # a thread inside JAX would not survive the end of Python
+        _dismiss(herald)
+
+
+def _listen(hosts: Hosts, who: str, herald: subprocess.Popen[str], done: threading.Event) -> None:
+    """Looks for the failure of another process, and ends this one."""
+    while not done.wait(1):
+        try:
+            text = _client().key_value_try_get(FAILED)
+        except Exception as error:
+            if "NOT_FOUND" in str(error):
+                continue
+            return  # process 0 is gone: JAX ends this one
+        if text.startswith(who):
+            return
+        _leave_last(hosts, herald, f"{who} ends with {text}")
+
+
+def _leave_last(hosts: Hosts, herald: subprocess.Popen[str], text: str) -> None:
+    """End with status 1, process 0 after the others: they would lose the words with it."""
+    print(text, file=sys.stderr, flush=True)
+    time.sleep(2 if hosts.process else 10)
+    _leave(herald, "", 1)
+
+
+def _leave(herald: subprocess.Popen[str], text: str, status: int) -> None:
+    """End now: JAX's way out would wait for the others."""
+    if text:
+        print(text, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    _dismiss(herald)
+    os._exit(status)
+
+
+def _dismiss(herald: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        herald.communicate("ended", timeout=10)
 
 
 @contextlib.contextmanager

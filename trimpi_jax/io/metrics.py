@@ -12,15 +12,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 
 def append_metrics(path: Path, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Add one line to a JSONL file; returns what was written (arrays become floats).
 
-    A last line that a kill cut short is closed first, so it cannot swallow the new one.
+    A last line that a kill cut short is closed first, so it cannot swallow the new one. Of several
+    processes the first one writes.
     """
     line = {"step": step} | {name: _plain(value) for name, value in metrics.items()}
+    if jax.process_index():
+        return line
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -37,6 +38,11 @@ class Progress:
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(soft_wrap=True)
+
+    @classmethod
+    def of_process(cls) -> Progress:
+        """Speaks on the first process of a run; the others are silent."""
+        return cls(Console(soft_wrap=True, quiet=jax.process_index() > 0))
 
     def say(self, text: str) -> None:
         """One plain line."""

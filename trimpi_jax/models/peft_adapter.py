@@ -20,11 +20,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from trimpi_jax.models.config import VLMConfig
 from trimpi_jax.models.hf_files import STORED_DTYPES, ToWrite, write_file
 from trimpi_jax.models.hf_names import LONG_NAMES, MODULES
 from trimpi_jax.models.layers import Params
+from trimpi_jax.models.lora import LEAVES
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -40,7 +42,7 @@ def save_adapter(
 ) -> None:
     """Writes the LoRA leaves of a tree as a PEFT adapter.
 
-    With several processes all may call it; the first one writes.
+    With several processes all must call it; the first one writes.
 
     Args:
       directory: made if missing.
@@ -59,14 +61,17 @@ def save_adapter(
     }
     if not adapted:
         raise ValueError("The weights hold no LoRA leaves: there is no adapter to write.")
+    leaves = {name: {leaf: adapted[name][leaf] for leaf in LEAVES} for name in adapted}
+    if jax.process_count() > 1:  # parts of a leaf may lie on other hosts
+        leaves = multihost_utils.process_allgather(leaves, tiled=True)
     if jax.process_index():
         return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors, rank = [], 0
-    for name, leaves in adapted.items():
+    for name in adapted:
         module = MODULES[f"language/layers/{name}"].replace(SHORT, f"base_model.model.{LONG}", 1)
-        a, b = (_flat(leaves[leaf], leaf) for leaf in ("lora_a", "lora_b"))
+        a, b = (_flat(leaves[name][leaf], leaf) for leaf in LEAVES)
         rank = a.shape[1]
         for layer in range(config.text.depth):
             for letter, stacked in (("A", a), ("B", b)):

@@ -16,6 +16,7 @@ Next: trimpi_jax/grading/grader.py
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data_pipelines.example import Example
+from data_pipelines.example import Example, decode_record, encode_record
 from trimpi_jax.inputs.batching import choose_bucket, make_batch
 from trimpi_jax.inputs.encode import (
     EncodedRow,
@@ -33,6 +34,7 @@ from trimpi_jax.inputs.encode import (
     encode_prompt,
     policy_key,
 )
+from trimpi_jax.io.agreement import gather, largest
 from trimpi_jax.models.config import VLMConfig
 from trimpi_jax.models.language import KeyValue
 from trimpi_jax.models.processor import Processor
@@ -49,7 +51,7 @@ from trimpi_jax.rollouts.sampler import (
     make_weight_sync,
     prompt_ids,
 )
-from trimpi_jax.sharding import constrain, place_batch
+from trimpi_jax.sharding import constrain, fetch_rows, place_batch, row_share
 from trimpi_jax.types import Rollouts
 
 
@@ -74,8 +76,10 @@ class Engine:
     sync: Callable[[Any, Any], Any]
     read_policy: Callable[..., list[KeyValue]]
     join_policies: Callable[..., list[KeyValue]]
+    take_rows: Callable[[jax.Array, jax.Array], jax.Array]
     # by policy key; None = the template does not put this policy first
     prefixes: dict[str, PolicyPrefix | None] = dataclasses.field(default_factory=dict)
+    told: set[str] = dataclasses.field(default_factory=set)  # policy keys that all processes know
     samplers: dict[SamplerSettings, Sampler] = dataclasses.field(default_factory=dict)
 
     def load(self, params: Any, old: Weights | None = None) -> Weights:
@@ -116,6 +120,7 @@ def make_engine(
         make_weight_sync(config, dtype),
         make_prefix_reader(config, dtype),
         jax.jit(_join_policies),
+        jax.jit(_take_rows),
     )
 
 
@@ -137,7 +142,7 @@ class Asked:
     sampler: Sampler
     standing: Standing
     last: jax.Array
-    valid: np.ndarray
+    valid: jax.Array
 
 
 def encode_questions(
@@ -145,15 +150,21 @@ def encode_questions(
 ) -> Questions:
     """Encode prompts once; those that fit no bucket are left out and named.
 
+    Of several processes all must call it, each with its share of the prompts; all get the policies
+    of all.
+
     Args:
         engine: see `make_engine`.
-        examples: the records.
+        examples: the records of this process.
         aware: whether the policy-aware view is wanted, too.
         share: whether policies may stand apart (False = every prompt carries its own).
     """
     prefixes = [find_prefix(engine, example) for example in examples] if aware and share else []
     apart = [prefix for prefix in prefixes if prefix is not None]
-    is_apart = bool(prefixes) and len(apart) == len(prefixes)
+    is_apart = False
+    if aware and share:
+        counts = np.sum(gather([len(prefixes), len(apart)], "policies apart"), axis=0)
+        is_apart = 0 < counts[0] == counts[1]
     found = Questions([], [], [], [], [])
     for number, example in enumerate(examples):
         row = encode_prompt(example, engine.processor, policy_in_prompt=False)
@@ -170,30 +181,57 @@ def encode_questions(
         found.free.append(row)
         found.aware.extend(rows[1:])
     if is_apart:
-        used = {policy_key(example) for example in found.examples}
-        found.policies.extend({p.key: p for p in apart if p.key in used}.values())
+        found.policies.extend(_gather_policies(engine, found.examples))
     return found
 
 
+def _gather_policies(engine: Engine, examples: Sequence[Example]) -> list[PolicyPrefix]:
+    """The policies of the prompts of all processes, in the same order on all.
+
+    A document travels once a run: where a prompt of it comes first, the others may not know it.
+    """
+    used = {policy_key(example): example for example in examples}
+    several = jax.process_count() > 1
+    named = [
+        (key, encode_record(one) if several and key not in engine.told else b"")
+        for key, one in used.items()
+    ]
+    union = {}
+    for key, document in itertools.chain.from_iterable(gather(named, "policies")):
+        if key not in engine.prefixes:
+            find_prefix(engine, decode_record(document))
+        union[key] = engine.prefixes[key]
+    engine.told.update(union)
+    return list(union.values())
+
+
 def make_free_view(engine: Engine, questions: Questions, num_rows: int) -> View:
-    """The policy-free view."""
-    return plain_view(questions.free, engine.sizes, num_rows)
+    """The policy-free view, of a batch that has `num_rows` rows over all processes."""
+    return plain_view(questions.free, engine.sizes, row_share(engine.mesh).part(num_rows), _agree)
 
 
 def make_aware_view(engine: Engine, questions: Questions, num_rows: int, max_chunk: int) -> View:
     """The policy-aware view; `max_chunk` prompts may share a copy of a policy while decoding."""
+    share = row_share(engine.mesh)
     if not questions.policies:
-        return plain_view(questions.aware, engine.sizes, num_rows)
+        return plain_view(questions.aware, engine.sizes, share.part(num_rows), _agree)
     number = {policy.key: i for i, policy in enumerate(questions.policies)}
+    owners = [number[policy_key(example)] for example in questions.examples]
     return shared_view(
         questions.aware,
         questions.policies,
-        [number[policy_key(example)] for example in questions.examples],
+        owners,
         engine.sizes,
-        num_rows,
+        share.part(num_rows),
         max_chunk=max_chunk,
-        rows_multiple=batch_degree(engine.mesh),
+        rows_multiple=len(share.blocks),
+        everyone=share.of_leaders(gather(owners, "prompts of policies")),
+        agree=_agree,
     )
+
+
+def _agree(sizes: Sequence[int]) -> list[int]:
+    return largest(sizes, "shape of prompts")
 
 
 def find_prefix(engine: Engine, example: Example) -> PolicyPrefix | None:
@@ -239,13 +277,15 @@ def read_prompts(
         visual = engine.encode(weights.params, batch)
     elif view.policies:
         source = np.zeros((rows,), np.int32)
-        source[view.row_of] = np.arange(len(view.row_of))
-        visual = jnp.take(visual, source, axis=0)
+        free_rows = row_share(engine.mesh).global_rows(visual.shape[0])
+        source[view.row_of] = free_rows[: len(view.row_of)]
+        visual = engine.take_rows(visual, place_batch(source, engine.mesh))
     ids = np.where(view.batch.valid, prompt_ids(names, rows), 0).astype(np.uint32)
     sampler = engine.sampler(settings)
     prefix = _prefix_of(engine, weights, view)
+    ids = place_batch(ids, engine.mesh)
     standing, last = sampler.prefill(weights.params, batch, visual, key, ids, prefix)
-    return Asked(view, sampler, standing, last, np.asarray(view.batch.valid))
+    return Asked(view, sampler, standing, last, batch.valid)
 
 
 def answer(weights: Weights, asked: Asked) -> Rollouts:
@@ -260,9 +300,9 @@ def answer(weights: Weights, asked: Asked) -> Rollouts:
     )
 
 
-def fetch(view: View, rollouts: Rollouts) -> Rollouts:
-    """Wait for the rollouts; on the host, in the order of the prompts: [Q, G, ...]."""
-    found = jax.device_get(rollouts)
+def fetch(engine: Engine, view: View, rollouts: Rollouts) -> Rollouts:
+    """Wait for the rollouts of this process; on the host, in the order of its prompts."""
+    found = fetch_rows(rollouts, engine.mesh)
     return Rollouts(*(getattr(found, name)[view.row_of] for name in ROLLOUT_FIELDS))
 
 
@@ -285,18 +325,18 @@ def ask(
     Args:
         engine: see `make_engine`.
         weights: see `Engine.load`.
-        examples: at most `num_rows` records.
+        examples: the records of this process, at most its part of `num_rows`.
         settings: of the sampler.
         key: of (seed, step, view).
         aware: which view.
-        num_rows: prompts of the batch's shape.
+        num_rows: prompts of the batch's shape, over all processes.
         max_chunk: prompts that may share one copy of a policy while decoding.
 
     Returns:
         (the questions that fit, their rollouts [Q, G] on the host; none when nothing fits).
     """
     questions = encode_questions(engine, examples, aware=aware)
-    if not questions.examples:
+    if not any(gather(len(questions.examples), "anything to ask")):
         empty = np.zeros((0, settings.completions, settings.max_new_tokens), np.float32)
         return questions, Rollouts(empty.astype(np.int32), empty, empty[..., 0], empty[..., 0])
     view = free = make_free_view(engine, questions, num_rows)
@@ -304,7 +344,7 @@ def ask(
         view = make_aware_view(engine, questions, num_rows, max_chunk)
     visual = encode_visual(engine, weights, free) if view is free or view.policies else None
     asked = read_prompts(engine, weights, view, visual, settings, key, questions.examples)
-    return questions, fetch(view, answer(weights, asked))
+    return questions, fetch(engine, view, answer(weights, asked))
 
 
 def prompt_lengths(questions: Questions, *, aware: bool) -> list[int]:
@@ -316,11 +356,6 @@ def prompt_lengths(questions: Questions, *, aware: bool) -> list[int]:
         len(row.tokens) + before.get(policy_key(example), 0)
         for row, example in zip(questions.aware, questions.examples, strict=True)
     ]
-
-
-def batch_degree(mesh: jax.sharding.Mesh) -> int:
-    """Devices over which the rows of a batch are spread."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def _prefix_of(engine: Engine, weights: Weights, view: View) -> Prefix | None:
@@ -341,9 +376,12 @@ def _prefix_of(engine: Engine, weights: Weights, view: View) -> Prefix | None:
     kv = [weights.policies[f"{policy.key}/{size}"] for policy in view.policies]
     kv += [kv[-1]] * (2 ** (len(kv) - 1).bit_length() - len(kv))  # few programs: a power of two
     lengths = np.asarray([len(policy.row.tokens) for policy in view.policies], np.int32)
-    return Prefix(
-        engine.join_policies(kv, jnp.asarray(view.policy_of)), jnp.asarray(lengths[view.policy_of])
-    )
+    policy_of, before = place_batch((view.policy_of, lengths[view.policy_of]), engine.mesh)
+    return Prefix(engine.join_policies(kv, policy_of), before)
+
+
+def _take_rows(leaf: jax.Array, rows: jax.Array) -> jax.Array:
+    return constrain(jnp.take(leaf, rows, axis=0), "batch", *(None,) * (leaf.ndim - 1))
 
 
 def _join_policies(policies: list[list[KeyValue]], policy_of: jax.Array) -> list[KeyValue]:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trimpi_jax.inputs.batching import choose_bucket, make_batch
+from trimpi_jax.inputs.batching import Agree, bucket_of, choose_bucket, make_batch, slots_of
 from trimpi_jax.inputs.encode import EncodedRow, PolicyPrefix
 from trimpi_jax.types import Batch
 
@@ -56,16 +56,20 @@ class Chunks(NamedTuple):
     size: int  # rows a chunk
 
 
-def plain_view(rows: list[EncodedRow], sizes: PromptSizes, num_rows: int) -> View:
-    """Prompts in order, in the smallest bucket that holds them all, each with all its tokens."""
-    batch = make_batch(
-        rows,
-        num_rows=num_rows,
-        num_tokens=choose_bucket(max(len(row.tokens) for row in rows), sizes.token_buckets),
-        num_windows=choose_bucket(
-            max(len(row.images.patches) for row in rows), sizes.window_buckets
-        ),
-    )
+def plain_view(
+    rows: list[EncodedRow], sizes: PromptSizes, num_rows: int, agree: Agree = list
+) -> View:
+    """Prompts in order, in the smallest bucket that holds them all, each with all its tokens.
+
+    Args:
+        rows: of this process, possibly none.
+        sizes: allowed shapes.
+        num_rows: of this process's part of the batch.
+        agree: where several processes make a batch together, see `fill_batch`.
+    """
+    bucket = bucket_of(rows, sizes.token_buckets, sizes.window_buckets)
+    tokens, windows, *slots = agree([*bucket, *slots_of(rows)])
+    batch = make_batch(rows, num_rows=num_rows, num_tokens=tokens, num_windows=windows, slots=slots)
     place = np.arange(len(rows), dtype=np.int32)
     return View(rows, batch, place, [], np.zeros((0,), np.int32))
 
@@ -79,50 +83,66 @@ def shared_view(
     *,
     max_chunk: int,
     rows_multiple: int = 1,
+    everyone: Sequence[Sequence[int]] = (),
+    agree: Agree = list,
 ) -> View:
     """Prompts behind their policies, which stand apart and are shared; no images.
 
     Args:
         rows: what follows the policy, from `encode_behind_policy`.
-        policies: the documents, each once.
+        policies: the documents, each once; of all processes.
         owners: the number of each row's document.
         sizes: allowed shapes.
         num_rows: prompts that the layout makes room for.
         max_chunk: prompts that may share one copy of a policy while decoding.
         rows_multiple: the number of chunks must be a multiple of it (devices of the batch axes).
+        everyone: the owners of every part of the batch, where several processes make it together.
+        agree: the same for sizes, see `fill_batch`.
     """
-    padded = [*owners, *[owners[-1]] * (num_rows - len(owners))]
-    chunks = plan_chunks(padded, max_chunk, rows_multiple)
+
+    def pad(some: Sequence[int]) -> list[int]:
+        return [*some, *[some[-1] if some else 0] * (num_rows - len(some))]
+
+    chunks = plan_chunks(pad(owners), max_chunk, rows_multiple, [pad(some) for some in everyone])
     count = len(chunks.policy_of) * chunks.size
     in_order: list[EncodedRow | None] = [None] * count
     for row, place in zip(rows, chunks.row_of, strict=False):
         in_order[place] = without_images(row)  # the visual tokens are those of the free view
-    batch = make_batch(
-        in_order,
-        num_rows=count,
-        num_tokens=choose_bucket(max(len(row.tokens) for row in rows), sizes.token_buckets),
-        num_windows=0,
-    )
+    longest = max((len(row.tokens) for row in rows), default=0)
+    tokens, *slots = agree([choose_bucket(longest, sizes.token_buckets), *slots_of(rows)])
+    batch = make_batch(in_order, num_rows=count, num_tokens=tokens, num_windows=0, slots=slots)
     return View(rows, batch, chunks.row_of[: len(rows)], policies, chunks.policy_of)
 
 
-def plan_chunks(owners: Sequence[int], max_chunk: int, rows_multiple: int = 1) -> Chunks:
+def plan_chunks(
+    owners: Sequence[int],
+    max_chunk: int,
+    rows_multiple: int = 1,
+    everyone: Sequence[Sequence[int]] = (),
+) -> Chunks:
     """Lay prompts out in chunks of one policy each; the largest chunks that leave few rows empty.
 
     Args:
         owners: the policy number of each prompt.
         max_chunk: largest chunk; chunks are powers of two.
         rows_multiple: the number of chunks becomes a multiple of it.
+        everyone: the owners of every part of a batch, all of the same length: their plans have
+            chunks of the same size, and as many.
     """
     policies = np.asarray(owners, np.int32)
     limit = len(owners) * (1 + MAX_EMPTY_SHARE)
+
+    def count_chunks(size: int) -> int:
+        counts = [
+            sum(-(-int(count) // size) for count in np.bincount(some))
+            for some in everyone or [owners]
+        ]
+        return -(-max(counts) // rows_multiple) * rows_multiple
+
     size = 1
     while size * 2 <= min(max_chunk, len(owners)):
         size *= 2
-    while size > 1:
-        chunks = sum(-(-int(count) // size) for count in np.bincount(policies))
-        if -(-chunks // rows_multiple) * rows_multiple * size <= limit:
-            break
+    while size > 1 and count_chunks(size) * size > limit:
         size //= 2
     row_of = np.zeros(len(owners), np.int32)
     policy_of: list[int] = []
@@ -130,8 +150,7 @@ def plan_chunks(owners: Sequence[int], max_chunk: int, rows_multiple: int = 1) -
         members = np.flatnonzero(policies == owner)
         row_of[members] = len(policy_of) * size + np.arange(len(members))
         policy_of += [int(owner)] * -(-len(members) // size)
-    while len(policy_of) % rows_multiple:
-        policy_of.append(policy_of[-1])
+    policy_of += [policy_of[-1]] * (count_chunks(size) - len(policy_of))
     return Chunks(row_of, np.asarray(policy_of, np.int32), size)
 
 

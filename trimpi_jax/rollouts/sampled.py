@@ -19,7 +19,7 @@ import msgpack
 import numpy as np
 
 from data_pipelines.example import Example, decode_record, encode_record
-from trimpi_jax.inputs.batching import choose_bucket
+from trimpi_jax.inputs.batching import Agree, choose_bucket
 from trimpi_jax.inputs.encode import encode_prompt
 from trimpi_jax.models.processor import Processor
 from trimpi_jax.rollouts.groups import PromptSizes, plain_view
@@ -40,6 +40,7 @@ class Group:
     rewards: np.ndarray  # float32 [R], with every penalty
     # float32 [R, S] under the policy-free prompt, by the actor that sampled; None = not aged yet
     behavior_logprobs: np.ndarray | None = None
+    order: int = 0  # its place among the groups of all processes that wait for the next step
 
     @property
     def has_spread(self) -> bool:
@@ -53,17 +54,26 @@ def make_group_batch(
     sizes: PromptSizes,
     completion_buckets: Sequence[int],
     num_groups: int,
+    agree: Agree = list,
 ) -> GroupBatch:
     """Groups as arrays of `num_groups` rows, the missing ones invalid.
+
+    Args:
+        groups: of this process, possibly none.
+        processor: of the model.
+        sizes: shapes that prompts may take.
+        completion_buckets: and completions.
+        num_groups: of this process's part of the batch.
+        agree: where several processes make a batch together, see `fill_batch`.
 
     Raises:
         ValueError: a completion holds a visual token, which no image belongs to.
     """
     rows = [encode_prompt(group.example, processor, policy_in_prompt=False) for group in groups]
-    prompts = plain_view(rows, sizes, num_groups).batch
-    longest = max(int(group.lengths.max()) for group in groups)
-    size = choose_bucket(longest, completion_buckets)
-    rollouts = groups[0].tokens.shape[0]
+    prompts = plain_view(rows, sizes, num_groups, agree).batch
+    longest = max((int(group.lengths.max()) for group in groups), default=0)
+    rollouts = max((len(group.tokens) for group in groups), default=0)
+    size, rollouts = agree([choose_bucket(longest, completion_buckets), rollouts])
     batch = GroupBatch(
         prompts=prompts,
         completions=np.zeros((num_groups, rollouts, size), np.int32),
@@ -85,12 +95,35 @@ def make_group_batch(
     return batch
 
 
-def behavior_of(groups: Sequence[Group], size: int, num_groups: int) -> np.ndarray:
-    """Kept behavior log-probs, float32 [num_groups, R, size]; zeros where a group has none."""
-    found = np.zeros((num_groups, groups[0].tokens.shape[0], size), np.float32)
+def deal_groups(owners: Sequence[int], shares: int, room: int) -> list[int]:
+    """The share that trains on each of the groups of an update; as few as can be change theirs.
+
+        owners 0 0 0 1, two shares with room for two each    ->    0 0 1 1
+
+    Args:
+        owners: the share that has sampled each group.
+        shares: how many there are.
+        room: groups of an update that a share has rows for; owners are at most shares * room.
+    """
+    left, dealt = [room] * shares, list(owners)
+    for i, owner in enumerate(owners):
+        left[owner] -= 1
+        if left[owner] < 0:
+            dealt[i] = -1
+    left = [max(number, 0) for number in left]
+    for i, owner in enumerate(dealt):
+        if owner < 0:
+            dealt[i] = left.index(max(left))
+            left[dealt[i]] -= 1
+    return dealt
+
+
+def behavior_of(groups: Sequence[Group], shape: tuple[int, ...]) -> np.ndarray:
+    """Kept behavior log-probs, float32 [Q, R, S] = shape; zeros where a group has none."""
+    found = np.zeros(shape, np.float32)
     for i, group in enumerate(groups):
         if group.behavior_logprobs is not None:
-            kept = group.behavior_logprobs[:, :size]
+            kept = group.behavior_logprobs[:, : shape[2]]
             found[i, :, : kept.shape[1]] = kept
     return found
 
@@ -119,7 +152,7 @@ def _plain(group: Group) -> dict[str, Any]:
 
 def _from_plain(fields: dict[str, Any]) -> Group:
     example = decode_record(fields.pop("example"))
-    arrays = {
+    arrays: dict[str, Any] = {
         name: np.frombuffer(data, np.dtype(dtype)).reshape(shape).copy()
         for name, (dtype, shape, data) in fields.items()
     }

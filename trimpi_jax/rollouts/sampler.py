@@ -75,7 +75,7 @@ class Sampler:
 
     settings: SamplerSettings
     prefill: Callable[..., tuple[Standing, jax.Array]]
-    begin: Callable[[jax.Array, np.ndarray], Decoding]
+    begin: Callable[[jax.Array, jax.Array], Decoding]
     decode: Callable[[Any, Standing, Decoding, int], Decoding]
     count_running: Callable[[Decoding], tuple[jax.Array, jax.Array, jax.Array]]
     compact: Callable[..., tuple[Standing, Decoding]]
@@ -253,7 +253,7 @@ def make_sampler(config: VLMConfig, settings: SamplerSettings, vocabulary: int) 
         begin=jax.jit(begin),
         decode=jax.jit(decode, donate_argnums=2),
         count_running=jax.jit(_count_running),
-        compact=jax.jit(_compact, static_argnums=(2, 3)),
+        compact=jax.jit(_compact, static_argnums=(2, 3, 4)),
         collect=jax.jit(_collect, donate_argnums=0),
     )
 
@@ -263,7 +263,7 @@ def decode(
     weights: Any,
     standing: Standing,
     last: jax.Array,
-    valid: np.ndarray,
+    valid: jax.Array,
     *,
     keep_rows: bool = False,
 ) -> Rollouts:
@@ -300,7 +300,7 @@ def decode(
         shape = fewer_rows(rows, count, running, keep_rows=keep_rows)
         if until < settings.max_new_tokens and shape != (rows, count):
             found = sampler.collect(found, standing, decoding)
-            standing, decoding = sampler.compact(standing, decoding, *shape)
+            standing, decoding = sampler.compact(standing, decoding, *shape, keep_rows)
             rows, count = shape
     found = sampler.collect(found, standing, decoding)
     return dataclasses.replace(found, stopped=found.stopped & valid[:, None])
@@ -349,11 +349,14 @@ def _is_sharded(leaf: jax.Array) -> bool:
 
 
 def _compact(
-    standing: Standing, decoding: Decoding, rows: int, count: int
+    standing: Standing, decoding: Decoding, rows: int, count: int, keep_rows: bool
 ) -> tuple[Standing, Decoding]:
     """What still runs, in the given shape; see `fewer_rows`."""
     completions = decoding.done.shape[1]
-    if count == 1 and completions > 1:  # every completion becomes a prompt of its own
+    by_prompt: Any = slice(None)
+    if keep_rows:  # policies stand before neighbours, and no prompt changes its device
+        order = jnp.argsort(decoding.done, axis=1, stable=True)[:, :count]
+    elif count == 1 and completions > 1:  # every completion becomes a prompt of its own
         flat = jnp.argsort(decoding.done.reshape(-1), stable=True)[:rows]
         by_prompt, order = flat // completions, (flat % completions)[:, None]
     else:
@@ -365,7 +368,7 @@ def _compact(
 
     def of_completions(leaf):
         index = order.reshape(*order.shape, *[1] * (leaf.ndim - 2))
-        return jnp.take_along_axis(leaf[by_prompt], index, axis=1)
+        return jnp.take_along_axis(of_prompts(leaf), index, axis=1)
 
     context = standing.context
     trunk = jax.tree.map(of_prompts, context.trunk)

@@ -134,7 +134,7 @@ class OpenModel:
         asked = read_prompts(engine, self.weights, view, visual, settings, key, [example])
         jax.block_until_ready(asked.last)
         read = time.perf_counter()
-        rollouts = fetch(view, answer(self.weights, asked))
+        rollouts = fetch(engine, view, answer(self.weights, asked))
         done = time.perf_counter()
         return rollouts, 1000 * (read - started), 1000 * (done - read)
 

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trimpi_jax.evaluators.statistics import compare_records
+from trimpi_jax.io.agreement import is_first, of_first
 from trimpi_jax.stages.result_files import read_result, versions, write_json
 from trimpi_jax.stages.suites import SUITES, Context, Unavailable
 
@@ -26,14 +27,19 @@ from trimpi_jax.stages.suites import SUITES, Context, Unavailable
 def run_suites(
     context: Context, names: Sequence[str]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Run suites that have no result yet: (name -> content of its file, name -> why left out)."""
-    context.folder.mkdir(parents=True, exist_ok=True)
+    """Run suites that have no result yet: (name -> content of its file, name -> why left out).
+
+    Of several processes each answers its part of the questions, all know all answers, and the first
+    one writes.
+    """
+    if is_first():
+        context.folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
     for name in names:
         path = context.folder / f"{name}.json"
         identity = dict(context.identity) | {"suite": name}
-        found = read_result(path)
+        found = of_first(lambda path=path: read_result(path), f"results of {name}")
         if found is not None and found["identity"] == identity:
             context.progress.say(f"{name}: evaluated before, skipped ({path})")
             results[name] = found
@@ -59,6 +65,8 @@ def run_suites(
             "lines": [list(line) for line in result.lines],
             "records": result.records,
         }
+        if not is_first():
+            continue
         write_json(path, results[name])
         for pattern in (f"{name}.records.jsonl", f"{name}-*.records.jsonl"):
             for half_done in context.folder.glob(pattern):

@@ -16,6 +16,7 @@ Next: trimpi_jax/stages/vm_cpt.py
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipelines.example import Example
@@ -42,9 +44,9 @@ from trimpi_jax.grading.answers import RewardWeights
 from trimpi_jax.inputs.batching import (
     drop_too_long,
     fill_batch,
-    padding_waste,
 )
 from trimpi_jax.inputs.encode import EncodedRow
+from trimpi_jax.io.agreement import gather, is_first, largest, of_first
 from trimpi_jax.io.metrics import append_metrics
 from trimpi_jax.io.progress import Progress
 from trimpi_jax.io.report import result_table, write_report
@@ -55,7 +57,7 @@ from trimpi_jax.models.layers import cast_weights
 from trimpi_jax.models.lora import add_lora, merge_lora
 from trimpi_jax.models.processor import Processor
 from trimpi_jax.rollouts.engine import Engine, make_engine
-from trimpi_jax.sharding import make_mesh, place_batch
+from trimpi_jax.sharding import make_mesh, place_batch, row_share
 from trimpi_jax.stages import loop
 from trimpi_jax.stages.auto_sizes import describe_sizes, fill_auto_sizes
 from trimpi_jax.stages.distillation import distil
@@ -72,6 +74,7 @@ from trimpi_jax.stages.nano_base import run_nano_base
 from trimpi_jax.stages.result_files import folder_digest, make_identity, write_json
 from trimpi_jax.stages.rl import RLStep
 from trimpi_jax.stages.run_settings import (
+    check_rows,
     check_sampling,
     distillation_settings,
     execution,
@@ -129,15 +132,14 @@ def run(config: ConfigDict, workdir: Path, progress: Progress | None = None) -> 
         ValueError, OSError: bad config, data, model or folder, before anything is changed.
         loop.Stopped, loop.NonFiniteLoss: see `loop.run`.
     """
-    progress = progress or Progress()
+    progress = progress or Progress.of_process()
     workdir = workdir.expanduser().resolve()
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"{jax.process_count()} processes have found each other, but this version trains on one"
-            f" process only: it would drive {jax.device_count()} devices that it cannot all feed."
-            " Take one host with all its devices, e.g. a v5p-8, a v6e-8 or a machine with 8 GPUs"
-        )
     if config.get("kind") == "nano_base":
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"the nano base is trained on one process, not on {jax.process_count()}; it takes"
+                " minutes"
+            )
         claim_workdir(config, workdir)
         with lock_workdir(workdir, progress.say):
             run_nano_base(config, workdir, progress)
@@ -148,10 +150,14 @@ def run(config: ConfigDict, workdir: Path, progress: Progress | None = None) -> 
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if isinstance(config.max_new_tokens, int):
         check_sampling(config)
+    check_rows(config, mesh)
     bring_results(config, workdir, progress.say)
-    claim_workdir(config, workdir)
-    check_saving(config, model, workdir)
-    with lock_workdir(workdir, progress.say):
+    of_first(lambda: claim_workdir(config, workdir), "claim the workdir")
+    of_first(lambda: check_saving(config, model, workdir), "look for room")
+    with contextlib.ExitStack() as held:
+        # the first process holds the lock for all: it writes, and without it nothing goes on
+        lock = lock_workdir(workdir, progress.say)
+        of_first(lambda: held.enter_context(lock), "lock the workdir")
         internalize(config, workdir, progress, model, processor, mesh)
 
 
@@ -166,7 +172,7 @@ def internalize(
     """Data, base model, stages, evaluations and report, in a workdir that is claimed and locked."""
     started = time.time()
     base = model_folder(config.model_dir)
-    prepare_data(config, workdir / "data", progress)
+    of_first(lambda: prepare_data(config, workdir / "data", progress), "prepare the data")
     splits = read_manifest(workdir / "data")["splits"]
     filled = fill_auto_sizes(
         config, {name: iter_split(workdir / "data", name) for name in splits}, processor
@@ -184,19 +190,20 @@ def internalize(
         evaluate_stage(this, params, "0_base", base)
         for number, stage in enumerate(config.stages, start=1):
             folder = workdir / f"{number}_{stage}"
-            if (folder / "model" / "config.json").is_file():
+            if of_first((folder / "model" / "config.json").is_file, "look for a model"):
                 progress.say(f"{stage}: finished before, skipped")
                 params = load_weights(folder / "model", model, mesh)
             else:
                 params = run_stage(this, params, stage, folder)
                 write_model(folder / "model", base, model, params, processor)
                 this.before_save()
-                delete_checkpoints(config, folder)
+                of_first(lambda done=folder: delete_checkpoints(config, done), "clear")
             evaluate_stage(this, params, folder.name, folder / "model")
-    if not (workdir / "final" / "config.json").is_file():
+    if not of_first((workdir / "final" / "config.json").is_file, "look for the final model"):
         write_model(workdir / "final", base, model, params, processor, stored_dtype(base))
-    progress.table(result_table(workdir))
-    write_report([workdir], workdir / "report.html")
+    if is_first():
+        progress.table(result_table(workdir))
+        write_report([workdir], workdir / "report.html")
     this.before_save()
     minutes = (time.time() - started) / 60
     progress.say(
@@ -247,21 +254,26 @@ def run_supervised(this: Run, params: Any, stage: str, folder: Path, data: Path)
     optimizer = make_optimizer(optimizer_settings(settings, steps))
     state = init_train_state(params, optimizer, trainable)
     step = make_supervised_step(model, optimizer, step_settings(this.config, stage))
-    shapes = training_shapes(this.config, stage, this.mesh)
+    shapes = training_shapes(this.config, stage, this.mesh, row_share(this.mesh).count)
     longest = max(shapes.token_buckets)
 
     def take_step(state: TrainState, number: int, rows):
         fitted = drop_too_long(rows, longest, max(shapes.window_buckets))
-        if not fitted.rows:
+        used = sum(len(row.tokens) for row in fitted.rows)
+        told = gather([len(fitted.rows), fitted.too_long, fitted.longest, used], f"{stage} rows")
+        told = np.asarray(row_share(this.mesh).of_leaders(told))  # [shares, 4]
+        kept, too_long, _, used = told.sum(axis=0).tolist()
+        if not kept:
             raise ValueError(
                 f"{stage} step {number}: no row fits {longest} tokens (longest"
-                f" {fitted.longest}); add a larger bucket to --config.row_buckets"
+                f" {told[:, 2].max()}); add a larger bucket to --config.row_buckets"
             )
-        batch = fill_batch(fitted.rows, shapes)
-        state, metrics = step(state, place_batch(batch, this.mesh))
+        batch = fill_batch(fitted.rows, shapes, lambda size: largest(size, f"{stage} shape"))
+        batch = place_batch(batch, this.mesh)
+        state, metrics = step(state, batch)
         return state, metrics | {
-            "inputs/dropped_too_long": fitted.too_long,
-            "inputs/padding_share": padding_waste(batch),
+            "inputs/dropped_too_long": too_long,
+            "inputs/padding_share": 1 - used / batch.tokens.size,
         }
 
     def plain(state: TrainState) -> Any:
@@ -311,7 +323,7 @@ def run_rl(this: Run, params: Any, folder: Path) -> Any:
     def take_step(state, number, examples):
         state, metrics = step(state, number, examples)
         if number % settings.log_rollouts_every == 0:
-            append_records(folder / "rollouts.jsonl", number, step.last_rollouts)
+            append_records(folder / "rollouts.jsonl", number, step.gather_rollouts())
         if step.last_failures:
             failures = [failure._asdict() for failure in step.last_failures]
             append_records(folder / "failed_grades.jsonl", number, failures)
@@ -376,17 +388,23 @@ def open_stream(
     each: Callable[[Example], Any] | None = None,
     data: Path | None = None,
 ) -> Any:
-    """The Grain stream of a stage; its seed is the run's and the stage's.
+    """This process's share of the Grain stream of a stage; its seed is the run's and the stage's.
+
+    Of several shares, number i gets every n-th Example from the i-th on: together they are the
+    batch that one process would read.
 
     Examples (or what `each` makes of them) are read ahead of the step by `config.data_workers`
     processes, 0 = a thread. `data` None: the run's.
     """
     seed = this.config.seed * 1000 + sum(stage.encode())
+    share = row_share(this.mesh)
     return make_stream(
         data or this.workdir / "data",
         split,
-        batch_examples=batch,
+        batch_examples=share.part(batch),
         seed=seed,
+        process_index=share.number,
+        process_count=share.count,
         workers=this.config.data_workers,
         each=each,
     )
@@ -419,10 +437,11 @@ def make_run_engine(this: Run) -> Engine:
 def make_evaluator(this: Run) -> Evaluator:
     """The evaluator that every stage uses."""
     assert this.engine is not None
+    degree = row_share(this.mesh).degree
     return Evaluator(
         this.engine,
         EvaluationSettings(
-            rows=this.config.eval.rows,
+            rows=-(-this.config.eval.rows // degree) * degree,  # results do not depend on it
             max_new_tokens=this.config.max_new_tokens,
             dtype=this.config.dtype,
             needs_think="direct_sft" not in this.config.stages,
@@ -440,9 +459,9 @@ def evaluate_stage(this: Run, params: Any, name: str, files: Path) -> None:
         files: the model's folder, of which the results keep a digest.
     """
     path = this.workdir / name / "evaluation.json"
-    if path.is_file():
+    if of_first(path.is_file, "look for an evaluation"):
         return
-    digest = folder_digest(files)
+    digest = of_first(lambda: folder_digest(files), "digest of the model")
     identity = {"model_sha256": digest}
     suites = this.config.eval.suites
     results = ask_suites(this, params, path.parent / "evaluation", identity, suites)
@@ -454,11 +473,12 @@ def evaluate_stage(this: Run, params: Any, name: str, files: Path) -> None:
         ("policy_aware", "in_context", True),
     ):
         milliseconds = measure_prefill_ms(
-            prefill, params, example, this.processor, policy_in_prompt=aware
+            prefill, params, example, this.processor, policy_in_prompt=aware, mesh=this.mesh
         )
         found[view] = results[suite]["summary"] | {"prefill_ms": milliseconds}
         found[f"{view}_records"] = results[suite]["records"]
-    write_json(path, found)
+    if is_first():
+        write_json(path, found)
     this.progress.say(f"{name}: {_counts(results)}")
 
 

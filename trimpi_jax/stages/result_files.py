@@ -17,12 +17,13 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ml_collections import ConfigDict
 
 from data_pipelines.example import Example
 from data_pipelines.shards import read_manifest
+from trimpi_jax.io.agreement import is_first, of_first
 from trimpi_jax.io.storage import list_files
 
 PACKAGES = ("trimpi_jax", "jax", "jaxlib", "flax", "numpy", "scipy", "transformers", "tokenizers")
@@ -78,6 +79,7 @@ class RecordFile:
     def __init__(self, path: Path, key: str):
         self.path, self.key = path, key
         self.records: dict[str, dict[str, Any]] = {}
+        self._file: TextIO | None = None
 
     def __enter__(self) -> RecordFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,14 +94,17 @@ class RecordFile:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
 
     def append(self, records: Any) -> None:
         """Keep more records, on disk at once."""
         for record in records:
             self.records[record["example_id"]] = record
-            self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+            if self._file:
+                self._file.write(json.dumps(record) + "\n")
+        if self._file:
+            self._file.flush()
 
     def _whole_lines(self) -> Iterator[dict[str, Any]]:
         if self.path.is_file():
@@ -108,6 +113,17 @@ class RecordFile:
                     yield json.loads(text)
                 except json.JSONDecodeError:
                     return
+
+
+@contextlib.contextmanager
+def open_records(path: Path, key: str) -> Iterator[RecordFile]:
+    """A RecordFile; of several processes the first one has the file, the others its records."""
+    with contextlib.ExitStack() as stack:
+        file = RecordFile(path, key)
+        if is_first():
+            stack.enter_context(file)
+        file.records = of_first(lambda: file.records, "half-done records")
+        yield file
 
 
 def read_result(path: Path) -> dict[str, Any] | None:

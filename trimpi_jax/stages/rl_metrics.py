@@ -12,22 +12,49 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trimpi_jax.grading.answers import Grade
-from trimpi_jax.grading.rewards import Failure
 from trimpi_jax.rollouts.sampled import (
     SPREAD,
     Group,
 )
 from trimpi_jax.stages.rl_settings import RLSettings
 
+# where a prompt stands among all of a step: attempt, number in its share's batch, share
+Place = tuple[int, int, int]
+
+
+class Outcome(NamedTuple):
+    """What all processes know of a group that one has sampled: numbers and reasons, no text."""
+
+    place: Place
+    accuracy: list[float]  # [R], like the rest
+    rewards: list[float]
+    lengths: list[int]
+    stopped: list[bool]
+    reasons: list[str]
+
 
 class Drawn(NamedTuple):
-    """Graded groups of one attempt, and what is told of them."""
+    """Graded groups of some prompts, and what is told of them."""
 
+    places: list[Place]
     groups: list[Group]
     grades: list[list[Grade]]
     texts: list[list[str]]
-    failures: list[Failure]
     dropped: list[str]
+
+
+def outcomes_of(part: Drawn) -> list[Outcome]:
+    return [
+        Outcome(
+            place,
+            [grade.accuracy for grade in grades],
+            group.rewards.tolist(),
+            group.lengths.tolist(),
+            group.stopped.tolist(),
+            [grade.reason for grade in grades],
+        )
+        for place, group, grades in zip(part.places, part.groups, part.grades, strict=True)
+    ]
 
 
 def as_records(part: Drawn, free: int) -> list[dict[str, Any]]:
@@ -47,35 +74,41 @@ def as_records(part: Drawn, free: int) -> list[dict[str, Any]]:
 
 
 def rollout_metrics(
-    drawn: Sequence[Drawn], settings: RLSettings, attempts: int, used: int, laps: dict[str, float]
+    outcomes: Sequence[Outcome],
+    failed: int,
+    dropped: int,
+    settings: RLSettings,
+    attempts: int,
+    used: int,
+    laps: dict[str, float],
 ) -> dict[str, Any]:
     """Rates, lengths and failures of a step.
 
     Args:
-        drawn: every batch of prompts that was sampled and graded.
+        outcomes: of every prompt that was sampled and graded.
+        failed: completions that could not be graded.
+        dropped: prompts that fit no bucket.
         settings: of the step.
         attempts: batches of prompts that were asked for.
         used: groups that are trained on.
         laps: seconds of the step so far, "time/prefill_s" and "time/decode_s" among them.
     """
     free = settings.free_rollouts
-    grades = [row for part in drawn for row in part.grades]
-    groups = [group for part in drawn for group in part.groups]
     metrics: dict[str, Any] = {
         "rollouts/groups": used,
         "rollouts/attempts": attempts,
-        "rollouts/failed_grades": sum(len(part.failures) for part in drawn),
-        "inputs/dropped_too_long": sum(len(part.dropped) for part in drawn),
+        "rollouts/failed_grades": failed,
+        "inputs/dropped_too_long": dropped,
     }
-    if not groups:
+    if not outcomes:
         return metrics
-    accuracy = np.asarray([[grade.accuracy for grade in row] for row in grades])
-    rewards = np.stack([group.rewards for group in groups])
-    lengths = np.stack([group.lengths for group in groups])
-    stopped = np.stack([group.stopped for group in groups])
+    accuracy = np.asarray([one.accuracy for one in outcomes])
+    rewards = np.asarray([one.rewards for one in outcomes], np.float32)
+    lengths = np.asarray([one.lengths for one in outcomes], np.int32)
+    stopped = np.asarray([one.stopped for one in outcomes])
     spread = np.ptp(rewards, axis=1) > SPREAD
     free_spread = np.ptp(rewards[:, :free], axis=1) > SPREAD
-    reasons = collections.Counter(grade.reason for row in grades for grade in row)
+    reasons = collections.Counter(reason for one in outcomes for reason in one.reasons)
     seconds = laps.get("time/prefill_s", 0.0) + laps.get("time/decode_s", 0.0)
     metrics |= {
         "rollouts/reward_mean": float(rewards.mean()),

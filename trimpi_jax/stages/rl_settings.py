@@ -85,6 +85,11 @@ class RLSettings:
         return self.group_size * (1 if self.policy_rollout else 2)
 
     @property
+    def rollouts(self) -> int:
+        """R, all of a joint group."""
+        return 2 * self.group_size
+
+    @property
     def is_dynamic(self) -> bool:
         """Whether groups without spread are dropped and asked again."""
         return self.max_attempts > 1

@@ -20,6 +20,7 @@ from trimpi_jax.models.config import VLMConfig
 from trimpi_jax.objectives.grpo import ObjectiveSettings
 from trimpi_jax.ops.kernels import choose_implementation
 from trimpi_jax.rollouts.groups import PromptSizes
+from trimpi_jax.sharding import row_share
 from trimpi_jax.stages.distillation import DistillationSettings
 from trimpi_jax.stages.rl_settings import RLSettings, completion_buckets
 from trimpi_jax.stages.supervised import StepSettings
@@ -158,15 +159,57 @@ def optimizer_settings(settings: ConfigDict, steps: int) -> OptimizerSettings:
     )
 
 
-def training_shapes(config: ConfigDict, stage: str, mesh: jax.sharding.Mesh) -> BatchShapes:
-    """The shapes that the batches of a supervised stage may have."""
+def training_shapes(
+    config: ConfigDict, stage: str, mesh: jax.sharding.Mesh, shares: int = 1
+) -> BatchShapes:
+    """The shapes that a process's part of the batches of a supervised stage may have.
+
+    Args:
+        config: of the run.
+        stage: one of its supervised stages.
+        mesh: of all devices.
+        shares: parts that a batch is read in, see `sharding.RowShare`.
+    """
     settings = config[stage]
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     return BatchShapes(
-        settings.batch,
+        settings.batch // shares,
         tuple(config.row_buckets),
         as_buckets(config.windows),
         settings.pack_tokens,
         settings.pack_windows,
-        devices * max(settings.micro_batches, 1),  # 0: any number of rows of every device
+        # 0 micro-batches: any number of rows of every device
+        devices // shares * max(settings.micro_batches, 1),
     )
+
+
+def check_rows(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Raises ValueError, naming all of them, for numbers of rows that the mesh does not divide."""
+    if "distillation" in config.stages and jax.process_count() > 1:
+        raise ValueError(
+            f"the stage distillation runs on one process, not on {jax.process_count()}; start the"
+            " run on one host, or choose a method without it"
+        )
+    devices = row_share(mesh).degree
+    wanted: dict[str, tuple[int, int]] = {}
+    for stage in config.stages:
+        settings = config[stage]
+        each = devices * max(settings.micro_batches, 1)
+        if stage != "rl":
+            wanted[f"{stage}.batch"] = settings.batch, each
+            continue
+        wanted["rl.update_prompts"] = settings.update_prompts, each
+        wanted["rl.sample_prompts"] = settings.sample_prompts or settings.prompts, devices
+    problems = [
+        f"--config.{name}={rows} is not a multiple of {each}; the nearest are"
+        f" {' and '.join(str(n) for n in (rows // each * each, -(-rows // each) * each) if n)}"
+        for name, (rows, each) in wanted.items()
+        if rows % each
+    ]
+    if problems:
+        raise ValueError(
+            f"rows are dealt to the {devices} devices of mesh axes ('data', 'fsdp') of"
+            f" {jax.process_count()} processes, times the micro-batches of a step:\n  "
+            + "\n  ".join(problems)
+            + "\nor choose another --config.mesh"
+        )

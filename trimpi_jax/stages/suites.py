@@ -62,7 +62,7 @@ from trimpi_jax.inputs.encode import policy_key
 from trimpi_jax.io.metrics import read_metrics
 from trimpi_jax.io.progress import Progress
 from trimpi_jax.models.processor import encode_completion
-from trimpi_jax.stages.result_files import RecordFile, digest, question_digest, read_result
+from trimpi_jax.stages.result_files import digest, open_records, question_digest, read_result
 
 PRESSED = 100  # questions that are pressed upon; ours, as many as the paper judges for referral
 SHOWN_GROUPS = ("policy", "depth", "family", "tool")  # in the terminal; leaves are in the JSON
@@ -134,7 +134,8 @@ class Context:
         evaluator = evaluator or self.evaluator
         settings = [dataclasses.asdict(evaluator.settings), evaluator.engine.sizes]
         facts = [dict(self.identity), policy_in_prompt, settings, question_digest(examples)]
-        with RecordFile(self.folder / f"{name}.records.jsonl", digest(facts)) as kept:
+        path = self.folder / f"{name}.records.jsonl"
+        with open_records(path, digest(facts)) as kept:
             missing = [e for e in examples if e.example_id not in kept.records]
             before = len(examples) - len(missing)
             if before and missing:

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from data_pipelines.build import DATASETS, build, make_settings
@@ -98,7 +99,9 @@ def prepare_data(config: ConfigDict, folder: Path, progress: Progress) -> None:
 
 
 def append_records(path: Path, number: int, records: list[dict[str, Any]]) -> None:
-    """Append what a step is remembered by, one JSON object a line."""
+    """Append what a step is remembered by, one JSON object a line; the first process does."""
+    if jax.process_index():
+        return
     with path.open("a") as file:
         for record in records:
             file.write(json.dumps({"step": number} | record) + "\n")
