@@ -16,6 +16,7 @@ from tests.tiny_model import (
     tiny_config,
     tiny_params,
 )
+from trimpi_jax.sharding import make_mesh
 from trimpi_jax.stages import pipeline
 from trimpi_jax.stages.auto_sizes import fill_auto_sizes
 from trimpi_jax.stages.pipeline import Run, run, run_rl
@@ -54,8 +55,13 @@ def test_rl_streams_one_split_only(method, expected, workdir, monkeypatch):
 
     monkeypatch.setattr(pipeline, "RLStep", stand_in)
     monkeypatch.setattr(pipeline.loop, "run", loop_run)
+    monkeypatch.setattr(pipeline, "loop_settings", lambda *arguments: None)
     this: Run = types.SimpleNamespace(
-        config=config, workdir=workdir, engine=object(), progress=types.SimpleNamespace(say=print)
+        config=config,
+        workdir=workdir,
+        engine=object(),
+        mesh=make_mesh(1, 1, 1, jax.devices()[:1]),
+        progress=types.SimpleNamespace(say=print),
     )  # type: ignore[assignment]
     run_rl(this, jax.tree.map(jax.numpy.asarray, tiny_params(tiny_config())), workdir / "3_rl")
     assert len(seen) == 20
