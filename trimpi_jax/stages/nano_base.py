@@ -79,6 +79,8 @@ def run_nano_base(config: Any, workdir: Path, progress: Progress) -> Path:
     processor = load_processor(tokenizer_folder, model_config)
     scenes, lone = load_pictures(scene_folder), load_pictures(lone_folder, lone=True)
     patches, lone_patches = make_patches(scenes, model_config), make_patches(lone, model_config)
+    # from here on only their size matters
+    scenes, lone = (dataclasses.replace(p, pixels=p.pixels[:1].copy()) for p in (scenes, lone))
 
     if config.perception.steps:
         section = config.perception

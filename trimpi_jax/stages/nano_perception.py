@@ -160,7 +160,7 @@ def rescale_visual(params: Any, config: VLMConfig, pictures: PatchSet, rms: floa
     The first leg makes them a hundred times larger than a young language model's embeddings, and
     what its layers add to them would be lost in the rounding of the residual stream.
     """
-    seen = np.asarray(see(params, config, pictures.patches[:ENCODE_ROWS], pictures))
+    seen = np.asarray(see(params, config, jnp.asarray(pictures.patches[:ENCODE_ROWS]), pictures))
     factor = float(rms / np.sqrt((seen**2).mean()))
     last = jax.tree.map(lambda leaf: leaf * factor, params["merger"]["fc2"])
     return {**params, "merger": {**params["merger"], "fc2": last}}

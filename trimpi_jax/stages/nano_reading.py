@@ -108,6 +108,7 @@ class Mixture:
 
     def _fitting_row(self, step: int, row: int, task: str, depth: int, phase: Phase, shape):
         """One row, drawn until it fits: (TreeBatch of it, its scenes, its policy's pictures)."""
+        problem = None
         for attempt in range(MAX_ATTEMPTS):
             rng = np.random.default_rng([self.settings.seed, 41, step, row, attempt])
             examples, scenes, lone = self._draw_row(rng, task, depth, phase, shape)
@@ -199,7 +200,7 @@ def tree_hidden_states(
         own = [leaf[:, length:].reshape(z, r, s, *leaf.shape[2:]) for leaf in (q, k, v)]
         head = [leaf[:, :length] for leaf in (q, k, v)]
         on_trunk = causal_kernel(config.attention)(*head)
-        on_own = branch_attention(*own, head[1], head[2], tree.lengths)
+        on_own = branch_attention(own[0], own[1], own[2], head[1], head[2], tree.lengths)
         return jnp.concatenate([on_trunk, on_own.reshape(z, r * s, *q.shape[2:])], axis=1)
 
     hidden, _ = run_language(
