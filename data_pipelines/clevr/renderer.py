@@ -37,6 +37,9 @@ from data_pipelines.clevr.lighting import (
 from data_pipelines.clevr.materials import RGB, metal_light, rubber_light
 from data_pipelines.clevr.scene import Scene, pack_solids
 
+# counted up with every change that makes other pictures of the same scenes: recipes name it, so
+# that a dataset begun with one look is never finished with another
+LOOK = 2
 TILE = 4  # px a side
 CHUNK = 256  # tiles a call
 COARSE_GROUND_PX = 160  # from this width on the ground is shaded at every second pixel, off edges

@@ -374,8 +374,11 @@ def recipe(settings: ClevrPolicySettings) -> dict[str, Any]:
     """What decides the data, for the manifest."""
     import jax
 
+    from data_pipelines.clevr.renderer import LOOK
+
     name = f"clevr_policy_{settings.variant.lower()}"
-    return {"dataset": name, "jax": jax.__version__, **dataclasses.asdict(settings)}
+    made = {"dataset": name, "jax": jax.__version__, "look": LOOK}
+    return made | dataclasses.asdict(settings)
 
 
 def licence(settings: ClevrPolicySettings) -> str:

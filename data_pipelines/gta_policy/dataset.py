@@ -146,8 +146,11 @@ def recipe(settings: GTAPolicySettings) -> dict[str, Any]:
     import matplotlib
     import PIL
 
+    from data_pipelines.clevr.renderer import LOOK
+
     return made | {
         "jax": jax.__version__,
+        "look": LOOK,
         "matplotlib": matplotlib.__version__,
         "pillow": PIL.__version__,
     }

@@ -47,15 +47,15 @@ def test_one_notice_stops_both_at_one_step_and_the_next_start_goes_on(tmp_path):
     steps = [re.search(r"stopped and saved at step (\d+)", text) for _, text in both]
     assert steps[0] and steps[1] and steps[0][1] == steps[1][1]
     at = int(steps[0][1])
-    assert 155 < at < 400
-    assert saved_steps(tmp_path / "checkpoints") == [150, at]
+    assert 155 < at < 1000
+    assert saved_steps(tmp_path / "checkpoints")[-1] == at
 
     again = run_both(tmp_path, stops_at=-1)
     assert [status for status, _ in again] == [0, 0], again[0][1] + again[1][1]
     for rank, (_, text) in enumerate(again):
-        assert f"continuing at step {at} of 400" in text
+        assert f"continuing at step {at} of 1000" in text
         found = json.loads(text.splitlines()[-1])
         total = rank
-        for number in range(1, 401):
+        for number in range(1, 1001):
             total = (3 * total + number + rank) % 1009
-        assert found == {"place": 400, "total": [float(total)]}
+        assert found == {"place": 1000, "total": [float(total)]}

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from data_pipelines.building import write_dataset
+from data_pipelines.clevr.renderer import LOOK
 from data_pipelines.nano_base.corpus import WHOLE, iter_corpus
 from data_pipelines.nano_base.mixture import Phase
 from data_pipelines.nano_base.pictures import load_pictures, make_lone_examples
@@ -255,7 +256,7 @@ def _prepare_scenes(config: Any, folder: Path, progress: Progress) -> Path:
         max_objects=config.scenes.max_objects,
         seed=config.seed,
     )
-    recipe = {"dataset": "nano_base_scenes", **dataclasses.asdict(settings)}
+    recipe = {"dataset": "nano_base_scenes", "look": LOOK, **dataclasses.asdict(settings)}
     return _prepare(
         folder, recipe, "scenes", lambda bar: make_scene_examples(settings, bar), progress
     )
@@ -263,7 +264,8 @@ def _prepare_scenes(config: Any, folder: Path, progress: Progress) -> Path:
 
 def _prepare_lone(config: Any, folder: Path, progress: Progress) -> Path:
     count, side = config.lone.count, config.lone.side
-    recipe = {"dataset": "nano_base_lone", "count": count, "side": side, "seed": config.seed}
+    recipe = {"dataset": "nano_base_lone", "look": LOOK, "count": count, "side": side}
+    recipe |= {"seed": config.seed}
     return _prepare(
         folder,
         recipe,

@@ -150,6 +150,7 @@ def test_the_recipe_tells_every_setting():
     told = recipe(SETTINGS)
     assert dataclasses.asdict(SETTINGS).items() <= told.items()
     assert told["dataset"] == "clevr_policy_t"
+    assert told["look"] >= 2  # pictures of an older renderer are never mixed with new ones
 
 
 @pytest.fixture
