@@ -471,9 +471,10 @@ def checks(compiled: dict[str, Any]) -> list[str]:
         gathered = found.get("all-gather", 0.0)
         added = found.get("all-reduce", 0.0) + found.get("reduce-scatter", 0.0)
         total = sum(found.values())
+        ratio = f"{total / formula:.2f}" if formula else "-"
         lines.append(
             f"| {name} | {one['tensor']} | {gathered / 1e9:.1f} | {added / 1e9:.1f} |"
-            f" {total / 1e9:.1f} | {formula / 1e9:.1f} | {total / formula:.2f} |"
+            f" {total / 1e9:.1f} | {formula / 1e9:.1f} | {ratio} |"
         )
     return lines
 
