@@ -49,7 +49,9 @@ def make_folder(folder: Path) -> None:
     build(dataset, make_settings(dataset, options), folder / "data", lambda done, total: None)
 
 
-def start(job: Path, workdir: Path, count: int, devices: int) -> list[subprocess.Popen]:
+def start(
+    job: Path, workdir: Path, count: int, devices: int, method: str = METHOD
+) -> list[subprocess.Popen]:
     """`count` processes of the job, with so many fake devices each."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -62,7 +64,7 @@ def start(job: Path, workdir: Path, count: int, devices: int) -> list[subprocess
     }
     alone = [
         sys.executable, "-m", "trimpi_jax.train", "--workdir", str(workdir),
-        "--config", f"tests/multihost/tiny_job.py:{job},{METHOD}",
+        "--config", f"tests/multihost/tiny_job.py:{job},{method}",
     ]  # fmt: skip
     together = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", "--lost_after_s=20"]
     return [
@@ -96,6 +98,22 @@ def kill_in_rl(processes: list[subprocess.Popen], workdir: Path, steps: int, vic
         assert all(process.poll() is None for process in processes), finish(processes)
         time.sleep(0.02)
     processes[victim].send_signal(signal.SIGKILL)
+
+
+def same_metrics(expected: Path, found: Path) -> list[dict]:
+    """The expected metrics of a stage, which those found equal."""
+    lines = [read_metrics(folder / "metrics.jsonl") for folder in (expected, found)]
+    assert len(lines[0]) == len(lines[1]) > 2
+    for theirs, ours in zip(*lines, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            if name.startswith("time/") or name == "rollouts/tokens_per_s":
+                continue
+            if isinstance(value, float):
+                np.testing.assert_allclose(ours[name], value, **NOISE, err_msg=name)
+            else:
+                assert ours[name] == value, name
+    return lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -156,18 +174,7 @@ def test_another_number_of_processes_goes_on(turns):
 def test_all_numbers_are_those_of_one_process(alone, turns):
     workdir, *_ = turns
     for stage in STAGES[1:]:
-        expected = read_metrics(alone / stage / "metrics.jsonl")
-        found = read_metrics(workdir / stage / "metrics.jsonl")
-        assert len(found) == len(expected) > 2
-        for ours, theirs in zip(found, expected, strict=True):
-            assert ours.keys() == theirs.keys()
-            for name, value in theirs.items():
-                if name.startswith("time/") or name == "rollouts/tokens_per_s":
-                    continue
-                if isinstance(value, float):
-                    np.testing.assert_allclose(ours[name], value, **NOISE, err_msg=name)
-                else:
-                    assert ours[name] == value, name
+        expected = same_metrics(alone / stage, workdir / stage)
     trained = expected  # of RL
     assert sum(line["rollouts/groups"] for line in trained) > 8
     assert any(line["rollouts/attempts"] > 1 for line in trained)  # dynamic sampling had to ask
@@ -213,3 +220,14 @@ def test_the_first_process_alone_writes(turns):
         assert names == {"main.json", "in_context.json"}
     assert (workdir / "report.html").is_file()
     assert not list(workdir.glob("*/*.part"))
+
+
+@pytest.mark.timeout(600)
+def test_grpo_with_its_reference_on_two_processes(job):
+    """The KL anchor is cut over the processes as the weights are."""
+    folders = [job / f"grpo_{count}" for count in (1, 2)]
+    for count, folder in enumerate(folders, start=1):
+        for status, output in finish(start(job, folder, count, 1, method="base_grpo")):
+            assert status == 0, output
+    trained = same_metrics(*(folder / "1_rl" for folder in folders))
+    assert any(line["train/kl"] > 0 for line in trained)

@@ -32,10 +32,13 @@ OVERRIDES = {
 def get_config(argument: str):
     folder, method = argument.split(",")
     config = nano.get_config(f"method={method}")
-    config.update_from_flattened_dict(OVERRIDES)
+    there = {key: value for key, value in OVERRIDES.items() if key.split(".")[0] in config}
+    config.update_from_flattened_dict(there)
     # rewards differ by length: a model that knows nothing has groups with a spread
     config.rl.overlong_tokens = 7
     if "dapo" in method:
         config.rl.max_attempts = 3
+    if method == "base_grpo":
+        config.rl.steps, config.rl.group_size = 4, 2
     config.model_dir, config.data_dir = str(Path(folder) / "base"), str(Path(folder) / "data")
     return config
