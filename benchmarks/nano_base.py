@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import jax
+from ml_collections import ConfigDict
 
 from data_pipelines.clevr_policy.dataset import ClevrPolicySettings, make_splits
 from data_pipelines.example import Example
@@ -62,7 +63,7 @@ def main() -> None:
 def open_asker(folder: Path):
     """(examples, policy in the prompt, new tokens) -> records."""
     source = find_model(folder)
-    model, processor = open_config(source, None)
+    model, processor = open_config(source, ConfigDict())
     model = dataclasses.replace(model, layer_loop="unrolled", attention="xla")
     mesh = make_mesh(-1, 1, 1)
     reader = SizeReader(processor)
@@ -111,8 +112,8 @@ def general(ask, count: int, seed: int) -> dict[str, float]:
     records = ask(make_general_questions(3 * count, seed), False, 96)
     scores, right, total = collections.defaultdict(list), collections.Counter(), 0
     for record in records:
-        scores[record["family"]].append(record["accuracy"])
-        if record["family"] == "caption":
+        scores[record["groups"]["family"]].append(record["accuracy"])
+        if record["groups"]["family"] == "caption":
             pairs = list(
                 zip(objects(record["answer"]), objects(record["completion"]), strict=False)
             )

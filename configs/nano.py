@@ -34,9 +34,9 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.attention = "auto"  # the kernel of the platform; or "xla", "cudnn", "splash"
     config.layer_loop = "unrolled"  # faster than "scan" for a tiny model
     config.windows = 6  # vision windows a row: 168x112 px in windows of 56x56
-    config.prompt_buckets = (84, 224)  # tokens: policy-free, policy-aware
-    config.row_buckets = (196, 328)  # tokens of prompt + completion
-    config.max_new_tokens = 112
+    config.prompt_buckets = (56, 104)  # tokens: policy-free, policy-aware
+    config.row_buckets = (144, 192)  # tokens of prompt + completion
+    config.max_new_tokens = 92
     config.save_every = 25
     config.keep_last = 2  # newest checkpoints that stay
     config.checkpoint_dir = ""  # "" = in the workdir; or a folder, or gs://bucket/run

@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     config.lone.shown_share = 0.5  # of a -M policy's values
 
     config.model = model = ConfigDict()
-    model.vocab_size = 768
+    model.vocab_size = 784
     model.tokenizer_documents = 3000
     model.width = 128
     model.depth = 4
@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
     config.log_every = 25
 
     config.perception = ConfigDict()
-    config.perception.steps = 3000
+    config.perception.steps = 6000
     config.perception.scenes = 64  # pictures a step
     config.perception.lone = 48
     config.perception.learning_rate = 2e-3
@@ -67,29 +67,33 @@ def get_config() -> ConfigDict:
             "caption": (1, 64, 16, 80, 0),
             "existence": (1, 64, 16, 112, 0),
             "text": (1, 64, 16, 48, 0),
+            "filter": (1, 64, 16, 100, 0),
             "policy_1": (16, 4, 48, 112, 1),
-            "policy_2": (16, 4, 72, 128, 2),
-            "policy_4": (5, 8, 248, 168, 8),
-            "policy_6": (3, 8, 840, 192, 32),
-            "recite_1": (32, 4, 48, 28, 1),
-            "recite_2": (32, 4, 72, 28, 2),
-            "recite_4": (6, 24, 248, 28, 8),
-            "recite_6": (2, 48, 840, 28, 32),
+            "policy_2": (16, 4, 72, 124, 2),
+            "policy_4": (6, 8, 248, 156, 8),
+            "policy_6": (3, 8, 840, 180, 32),
+            "recite_1": (32, 4, 48, 36, 1),
+            "recite_2": (32, 4, 72, 36, 2),
+            "recite_4": (6, 24, 248, 36, 8),
+            "recite_6": (2, 48, 840, 36, 32),
         }
     )
+    # the smallest example of each part of a chain of thought comes first: one section to look up,
+    # one object to compare; see docs/nano_base.md for what happens without
     config.reading = make_leg(
-        2200,
-        2e-3,
+        7000,
+        3e-3,
         # until (share of the leg), shares of TASKS in steps, depths, -M share
-        (0.2, (0.45, 0.06, 0.04, 0.45, 0.0), (1, 2), 0.2),
-        (1000 / 2200, (0.15, 0.05, 0.04, 0.76, 0.0), (2, 4), 0.4),
-        (0.6, (0.06, 0.02, 0.04, 0.43, 0.45), (2, 4), 0.4),
-        (1.0, (0.1, 0.03, 0.04, 0.71, 0.12), (2, 4, 6), 0.45),
+        (0.1, (0.35, 0.05, 0.04, 0.0, 0.36, 0.2), (1,), 0.0),
+        (0.2, (0.15, 0.03, 0.05, 0.2, 0.32, 0.25), (1, 2), 0.2),
+        (0.4, (0.03, 0.02, 0.05, 0.28, 0.32, 0.3), (1, 2, 2, 4), 0.2),
+        (0.65, (0.04, 0.02, 0.06, 0.55, 0.2, 0.13), (2, 2, 4, 6), 0.35),
+        (1.0, (0.05, 0.03, 0.05, 0.75, 0.08, 0.04), (2, 2, 4, 6), 0.45),
     )
     config.joint = make_leg(
-        300,
-        4e-4,
-        (1.0, (0.2, 0.05, 0.03, 0.67, 0.05), (2, 4, 6), 0.45),
+        0,
+        3e-4,
+        (1.0, (0.2, 0.05, 0.03, 0.67, 0.05), (2, 4), 0.45),
     )
     return config
 

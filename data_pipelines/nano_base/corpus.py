@@ -42,6 +42,7 @@ WHOLE = (
     r" \(pictured\)",
     r"(?<=Condition) [\d.]*\d",
     r"(?<=Case) \d+",
+    r" [A-J](?=[,.])",
     r"The policy of L",
     r"\. Start at Condition 1 with every object in focus\.",
     r" After True only the matching objects stay in focus; after False the focus stays\.",

@@ -5,9 +5,11 @@
     text       sums, comparisons, words to repeat or to sort; no image       general ability
     policy     a random policy in the prompt, -T or -M, and several questions about it, each with
                its own image and chain of thought
-    recite     "What is Condition 1.2?" behind a policy: that section, word by word. No image. To
-               look a section up is what every step of a chain of thought needs, and here nothing
-               else stands in the way of learning it
+    recite     "What is Condition 1.2?", "... after False?" behind a policy: what it says. No
+               image. To look a section up is half of every step of a chain of thought, and here
+               nothing else stands in the way of learning it
+    filter     objects in words, one or two Conditions: which objects match. No image, no policy:
+               the other half
 
 A policy's name is fresh or, half of the time, one of a few that come again and again with other
 trees: what a name meant before never helps, so the model learns to do what the prompt says (Policy
@@ -41,7 +43,7 @@ from data_pipelines.clevr_policy.tree import (
 from data_pipelines.example import Example
 from data_pipelines.nano_base.scenes import scene_objects
 
-TASKS = ("caption", "existence", "text", "policy", "recite")
+TASKS = ("caption", "existence", "text", "policy", "recite", "filter")
 CAPTION_QUERIES = (
     "Describe the objects in the image.",
     "What do you see?",
@@ -157,17 +159,56 @@ def ask_policy(policy: DrawnPolicy, scene: Example) -> Example:
 
 
 def recite_section(rng: np.random.Generator, policy: DrawnPolicy) -> Example:
-    """What one section of a policy says, one whose value is not a picture."""
+    """What one section of a policy says, one whose value is not a picture.
+
+    Half of the time all of it, else what it says after True or after False: the line of a chain of
+    thought without what is seen.
+    """
     sections = [c for c in iter_conditions(policy.tree.root) if c not in policy.shown]
     condition = sections[int(rng.integers(len(sections)))]
+    query, said = f"What is Condition {condition.section}?", wording.section_text(condition)
+    if rng.random() < 0.5:
+        verdict = bool(rng.integers(2))
+        query = f"What is Condition {condition.section} after {verdict}?"
+        said = wording.line_text(condition, verdict)
     return Example(
         "",
         (),
-        f"What is Condition {condition.section}?",
-        wording.section_text(condition),
+        query,
+        said,
         policy_name=policy.tree.name,
         policy_text=wording.policy_text(policy.tree, policy.shown_sections),
         meta={"task": "recite", "depth": policy.tree.depth},
+    )
+
+
+def make_filter(rng: np.random.Generator, scene: Example) -> Example:
+    """One or two Conditions on objects that are named, in the words of a chain of thought.
+
+    Half have fewer objects than the scene, down to one: whether this one matches is what is learned
+    first.
+    """
+    objects = scene_objects(scene)
+    if rng.random() < 0.5:
+        objects = objects[: int(rng.integers(1, len(objects)))] if len(objects) > 1 else objects
+    ordered = wording.in_naming_order(objects)
+    focus, asked, said = ordered, [], []
+    for number in range(1, int(rng.integers(2, 4))):
+        attribute = str(rng.choice(list(ATTRIBUTES)))
+        there = [getattr(thing, attribute) for thing in focus]
+        value = str(rng.choice(there if rng.random() < 0.5 else ATTRIBUTES[attribute]))
+        line = f"Condition {number}: any {attribute} {value}?"
+        matching = [thing for thing in focus if getattr(thing, attribute) == value]
+        called = wording.call_objects(ordered, matching) if matching else "none"
+        asked.append(line)
+        said.append(f"{line} {called}. {bool(matching)}")
+        focus = matching or focus
+    return Example(
+        "",
+        (),
+        "\n".join([f"I see: {wording.list_objects(ordered)}.", *asked]),
+        "\n".join(said),
+        meta={"task": "filter"},
     )
 
 

@@ -54,7 +54,7 @@ OVERRIDES = {
     "eval.every_steps": 2,
     "eval.rows": 8,
     "max_new_tokens": 12,
-    "row_buckets": (328,),
+    "row_buckets": (192,),
     "save_every": 2,
     "mesh.data": 1,
     "mesh.fsdp": -1,  # all fake devices of the test session

@@ -29,7 +29,7 @@ OVERRIDES = {
     "eval.examples": 2,
     "eval.rows": 8,
     "max_new_tokens": 16,
-    "row_buckets": (328,),
+    "row_buckets": (192,),
     "mesh.data": 1,
     "mesh.fsdp": -1,  # all fake devices of the test session
     "distillation.rollouts": 16,

@@ -24,8 +24,8 @@ from trimpi_jax.evaluators.thoughts import boxed_answer, conditions_of, parse_th
 from trimpi_jax.grading.grader import grade_completions
 
 CROP = Crop("1.1", RED_CUBE, encode_png(np.full((28, 28, 3), 99, np.uint8)))
-SEEN = "I see: red small metal cube, blue large rubber sphere.\n"
-FIRST = "Condition 1: any color red? red small metal cube. True: go to Condition 1.1\n"
+SEEN = "I see: red small metal cube A, blue large rubber sphere B.\n"
+FIRST = "Condition 1: any color red? A. True: go to Condition 1.1\n"
 SECOND = "Condition 1.1: any shape cube? red small metal cube. True: respond with Case 3"
 
 
@@ -48,6 +48,18 @@ def cause(thought: str, answer: str = "Case 3", example: Example | None = None) 
     example = example or ask_about()
     found = dissect(example, record(example, completion_text(thought, answer)))
     return found["cause"], found["step"]
+
+
+def test_objects_may_be_called_by_letter_or_by_words():
+    thought = parse_thought(
+        "I see: red small metal cube A, blue large rubber sphere, green small metal cube A.\n"
+        "Condition 1: any size small? A, blue large rubber sphere, Q. True: go to Condition 1.1"
+    )
+    assert thought.seen == (
+        "red small metal cube", "blue large rubber sphere", "green small metal cube",
+    )  # fmt: skip
+    named = thought.citations[0].matching
+    assert named == ("red small metal cube", "blue large rubber sphere", "Q")
 
 
 @pytest.mark.parametrize("depth", [2, 6])

@@ -79,7 +79,7 @@ def test_every_section_is_begun_behind_what_is_seen():
         "continued-1.2-0", "jumped-1.2-0",
     ]  # fmt: skip
     assert BEGUN.query == SCENES[1].query and BEGUN.images == SCENES[1].images
-    seen = "<think>I see: blue large rubber sphere.\n"
+    seen = "<think>I see: blue large rubber sphere A.\n"
     assert BEGUN.meta["answer_begins"] == seen + "Condition 1.2:"
     assert ALL["continued-1.2-0"].meta["answer_begins"] == (
         seen + "Condition 1: any color red? none. False: go to Condition 1.2\nCondition 1.2:"

@@ -76,7 +76,7 @@ def test_scanned_layers_count_as_often_as_they_run(config):
     for loop in ("scan", "unrolled"):
         model = dataclasses.replace(tiny_config(), layer_loop=loop)
         programs = run_programs(config, model, mesh, model.text.vocab_size)
-        step = next(program for program in programs if program.name == "vm_cpt/step 196")
+        step = next(program for program in programs if program.name == "vm_cpt/step 144")
         with jax.set_mesh(mesh):
             traced = step.function.trace(*step.arguments)
         counts[loop] = count_flops(traced.jaxpr.jaxpr, 0)
@@ -93,7 +93,7 @@ def test_a_row_a_device_at_a_time(config):
     for devices in (1, 4):
         mesh = make_mesh(1, devices, 1, devices=jax.devices()[:devices])
         programs = run_programs(config, tiny_config(), mesh, 704)
-        step = next(program for program in programs if program.name == "vm_cpt/step 196")
+        step = next(program for program in programs if program.name == "vm_cpt/step 144")
         assert step.weight_reads == 2 * config.vm_cpt.batch // devices
 
 
@@ -180,15 +180,15 @@ def test_a_program_is_what_the_compiler_says_and_what_the_stage_holds(config):
     model, mesh = tiny_config(), make_mesh(4, 2, 1)
     with jax.set_mesh(mesh):
         programs = {p.name: p for p in run_programs(config, model, mesh, model.text.vocab_size)}
-        score = programs["rl/score 112"]
+        score = programs["rl/score 92"]
         found, outputs = estimate(score, model, mesh, "float32")
         small, _ = estimate(score, model, mesh, "float32", memory=5e5)
         kept, _ = estimate(score, model, mesh, "float32", compiles=False)
-    assert outputs.shape == (8, 16, 112)
+    assert outputs.shape == (8, 16, 92)
     assert outputs.sharding.shard_shape(outputs.shape) == (
         1,
         16,
-        112,
+        92,
     )  # groups stay where they were
     weights = bytes_per_chip(place_weights(vlm.param_shapes(model), model, mesh))
     # the stage holds two moments, the reference and the copy for decoding beside the weights
@@ -197,7 +197,7 @@ def test_a_program_is_what_the_compiler_says_and_what_the_stage_holds(config):
     # the parts of a row's forward pass: 2 FLOPs a weight and token, attention and ViT above
     text = model.text
     matrices = decode_parameters(model) - text.width * text.vocab_size
-    assert found.flops > 2 * matrices * 8 * (84 + 16 * 111) / 8
+    assert found.flops > 2 * matrices * 8 * (56 + 16 * 91) / 8
     assert small.compile_s == 0 and "keeps more than a chip has" in small.refused
     assert kept.total_bytes == small.total_bytes
     assert kept.argument_bytes == pytest.approx(found.argument_bytes, rel=0.05)
@@ -213,10 +213,10 @@ def test_every_program_of_the_run_is_there_with_its_buckets(config):
         assert f"vm_cpt/step {bucket}" in names
     views = ("rl/free", "rl/aware", "evaluate/free", "evaluate/aware")
     assert {f"{view} decode" for view in views} <= set(names)
-    assert {"rl/aware policy 224", "rl/aware prefill 84", "rl/free prefill 84"} <= set(names)
-    assert {"rl/decode weights", "rl/score 112", "rl/update 112"} <= set(names)
+    assert {"rl/aware policy 104", "rl/aware prefill 56", "rl/free prefill 56"} <= set(names)
+    assert {"rl/decode weights", "rl/score 92", "rl/update 92"} <= set(names)
     assert len(names) == len(set(names))
-    step = next(p for p in run_programs(config, model, mesh, 704) if p.name == "cot_sft/step 196")
+    step = next(p for p in run_programs(config, model, mesh, 704) if p.name == "cot_sft/step 144")
     assert "lora_a" in step.arguments[0].params["language"]["layers"]["q"]
 
 
@@ -243,15 +243,15 @@ def test_what_takes_less_is_told(config):
     config = config.copy_and_resolve_references()
     config.vm_cpt.moment_dtype = config.rl.moment_dtype = "float32"
     config.remat, config.vm_cpt.micro_batches = "none", 2
-    assert told("vm_cpt/step 196")[:3] == [
+    assert told("vm_cpt/step 144")[:3] == [
         "--config.vm_cpt.micro_batches=0 (one row a device at a time)",
         "--config.remat=full",
         "--config.vm_cpt.moment_dtype=bfloat16",
     ]
     config.remat, config.rl.moment_dtype, config.rl.micro_batches = "full", "bfloat16", 0
-    assert told("rl/update 112")[-1] == "more chips"
-    assert not any("rl.m" in text or "remat" in text for text in told("rl/update 112"))
-    assert not any("moment" in text for text in told("cot_sft/step 196"))
+    assert told("rl/update 92")[-1] == "more chips"
+    assert not any("rl.m" in text or "remat" in text for text in told("rl/update 92"))
+    assert not any("moment" in text for text in told("cot_sft/step 144"))
     assert "sample_prompts than" in told("rl/aware decode")[0]
     assert "eval.rows than 96" in told("evaluate/free decode")[0]
 

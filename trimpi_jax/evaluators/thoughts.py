@@ -1,8 +1,10 @@
 r"""Read a ClevrPolicy chain of thought back: what was seen, which Conditions were cited, and how.
 
-    I see: red small metal cube, blue large rubber sphere.
-    Condition 1: any color red? red small metal cube. True: go to Condition 1.1
+    I see: red small metal cube A, blue large rubber sphere B.
+    Condition 1: any color red? A. True: go to Condition 1.1
     └─ Citation(section "1", color, red, matching (red small metal cube,), answer True, goes_to 1.1)
+
+Objects may also be called by their words in place of their letters.
 
 In: what a model said, any text. Out: a Thought; what a line lacks is None. Nothing here raises.
 
@@ -13,7 +15,7 @@ Next: trimpi_jax/evaluators/anatomy.py
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from data_pipelines.clevr_policy.tree import Condition, iter_conditions, tree_from_json
@@ -28,6 +30,7 @@ _MENTION = re.compile(rf"\bcondition +{_SECTION}", re.I)
 _SEEN = re.compile(r"\bI see: *([^\n]*)")
 _QUESTION = re.compile(r"\bany +(\w+) +(\w+)( \(pictured\))? ?\?", re.I)
 _ANSWER = re.compile(r"\b(True|False) ?:", re.I)
+_CALLED = re.compile(r"(.*\S) ([A-Z]{1,2})")  # an object and its letter
 _CONSEQUENCE = re.compile(
     rf"\b(?:go to condition +{_SECTION}|respond with case +(\d{{1,6}}))", re.I
 )
@@ -59,10 +62,11 @@ def parse_thought(text: str) -> Thought:
     visits = list(_VISIT.finditer(text))
     seen = _SEEN.search(text[: visits[0].start()] if visits else text)
     ends = [*(visit.start() for visit in visits), len(text)][1:]
+    things, letters = _read_objects(seen[1] if seen else "")
     return Thought(
-        None if seen is None else split_objects(seen[1]),
+        None if seen is None else things,
         tuple(
-            _read_visit(visit[1], text[visit.end() : end])
+            _read_visit(visit[1], text[visit.end() : end], letters)
             for visit, end in zip(visits, ends, strict=True)
         ),
     )
@@ -120,18 +124,33 @@ def scene_of(example: Example) -> tuple[str, ...]:
     return parse_thought(first).seen or ()
 
 
-def _read_visit(section: str, body: str) -> Citation:
+def _read_objects(text: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    """(the objects in words, letter -> object); of two with one letter the first keeps it."""
+    things, letters = [], {}
+    for part in split_objects(text):
+        called = _CALLED.fullmatch(part)
+        things.append(called[1] if called else part)
+        if called:
+            letters.setdefault(called[2], called[1])
+    return tuple(things), letters
+
+
+def _read_visit(section: str, body: str, letters: Mapping[str, str]) -> Citation:
     question = _QUESTION.search(body)
     start = question.end() if question else 0
     verdict = _ANSWER.search(body, start)
     consequence = _CONSEQUENCE.search(body, verdict.end() if verdict else start)
+    matching = None
+    if question and verdict:
+        named = split_objects(body[start : verdict.start()].strip(" ."))
+        matching = tuple(letters.get(name, name) for name in named)
     goes_to, case = consequence.groups() if consequence else (None, None)
     return Citation(
         section,
         question[1].lower() if question else None,
         question[2].lower() if question else None,
         bool(question and question[3]),
-        split_objects(body[start : verdict.start()].strip(" .")) if question and verdict else None,
+        matching,
         verdict[1].lower() == "true" if verdict else None,
         goes_to,
         None if case is None else int(case),

@@ -44,6 +44,11 @@ from trimpi_jax.stages.train_state import (
 
 LOGPROB_CHUNK = 4096
 MAX_ATTEMPTS = 100
+ABOUT_SCENES = {
+    "caption": mixture.make_caption,
+    "existence": mixture.make_existence,
+    "filter": mixture.make_filter,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,9 +132,8 @@ class Mixture:
         blank = [_scene_example(self.scenes.pictures, number) for number in scenes]
         if task == "text":
             return [make_text_question(rng, held_out=False) for _ in blank], scenes, []
-        if task in ("caption", "existence"):
-            make = mixture.make_caption if task == "caption" else mixture.make_existence
-            return [make(rng, scene) for scene in blank], scenes, []
+        if task in ABOUT_SCENES:
+            return [ABOUT_SCENES[task](rng, scene) for scene in blank], scenes, []
         shown_share = self.settings.shown_share if rng.random() < phase.shown else 0.0
         if task == "recite" and depth == 1:  # its one section must be words
             shown_share = 0.0

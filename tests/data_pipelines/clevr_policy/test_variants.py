@@ -76,9 +76,9 @@ the object in it; all pictures have the same scale.
 - False: respond with Case 2"""
 
 COT_M = """\
-I see: blue large rubber sphere, green small rubber cube.
+I see: blue large rubber sphere A, green small rubber cube B.
 Condition 1: any color red (pictured)? none. False: go to Condition 1.2
-Condition 1.2: any size small (pictured)? green small rubber cube. True: respond with Case 4"""
+Condition 1.2: any size small (pictured)? B. True: respond with Case 4"""
 
 
 def test_the_wording_of_variant_m():
@@ -192,7 +192,7 @@ def seen_combinations(rows):
     for example in rows:
         line = example.meta["gold_cot"].splitlines()[0].removeprefix("I see: ").rstrip(".")
         for thing in line.split(", "):
-            color, _, _, shape = thing.split()
+            color, _, _, shape, _ = thing.split()
             found.add((color, shape))
     return found
 

@@ -41,15 +41,14 @@ QUERY = (
 )
 
 YES_YES = """\
-I see: red small metal cube, red large rubber cylinder, blue large rubber sphere.
-Condition 1: any color red? red small metal cube, red large rubber cylinder. \
-True: go to Condition 1.1
-Condition 1.1: any shape cube? red small metal cube. True: respond with Case 3"""
+I see: red small metal cube A, red large rubber cylinder B, blue large rubber sphere C.
+Condition 1: any color red? A, B. True: go to Condition 1.1
+Condition 1.1: any shape cube? A. True: respond with Case 3"""
 
 NO_YES = """\
-I see: blue large rubber sphere, green small rubber cube.
+I see: blue large rubber sphere A, green small rubber cube B.
 Condition 1: any color red? none. False: go to Condition 1.2
-Condition 1.2: any size small? green small rubber cube. True: respond with Case 4"""
+Condition 1.2: any size small? B. True: respond with Case 4"""
 
 
 def test_the_policy_document():

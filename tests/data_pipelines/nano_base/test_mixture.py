@@ -182,11 +182,42 @@ def test_a_policy_shows_the_asked_share_of_its_values_and_the_question_follows_i
 
 
 def test_a_recited_section_is_a_section_of_the_policy():
+    kinds = collections.Counter()
     for seed in range(40):
         policy = mixture.draw_policy(np.random.default_rng(seed), 2, shown_share=0.5 * (seed % 2))
         example = mixture.recite_section(np.random.default_rng(seed), policy)
         sections = example.policy_text.split("\n# ")[1:]
-        assert example.answer.removeprefix("# ") in sections
         asked = example.query.removeprefix("What is ").removesuffix("?")
-        assert example.answer.startswith(f"# {asked}: any ")
+        asked, _, verdict = asked.partition(" after ")
+        if verdict:
+            whole = next(text for text in sections if text.startswith(f"{asked}: "))
+            question, *consequences = whole.splitlines()
+            assert example.answer.startswith(f"{question} {verdict}: ")
+            assert f"- {example.answer.removeprefix(question + ' ')}" in consequences
+        else:
+            assert example.answer.removeprefix("# ") in sections
+            assert example.answer.startswith(f"# {asked}: any ")
+        kinds[verdict] += 1
         assert not example.images
+    assert kinds[""] > 10 < kinds["True"] + kinds["False"]
+    assert kinds["True"] and kinds["False"]
+
+
+def test_a_filter_names_the_objects_that_match_one_condition_after_the_other():
+    counts = collections.Counter()
+    for seed in range(120):
+        example = mixture.make_filter(np.random.default_rng(seed), make_scene(seed))
+        first, *asked = example.query.splitlines()
+        listed = first.removeprefix("I see: ").removesuffix(".").split(", ")
+        focus = {thing.split()[-1]: thing.split()[:-1] for thing in listed}
+        assert list(focus) == list("ABCDEFGH"[: len(listed)])
+        counts[len(listed)] += 1
+        for question, said in zip(asked, example.answer.splitlines(), strict=True):
+            value = question.removesuffix("?").split()[-1]
+            matching = {letter: words for letter, words in focus.items() if value in words}
+            named = ", ".join(matching) or "none"
+            assert said == f"{question} {named}. {bool(matching)}"
+            counts[bool(matching)] += 1
+            focus = matching or focus
+    assert counts[1] > 10
+    assert counts[False] > 20 < counts[True]
