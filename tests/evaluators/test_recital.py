@@ -80,20 +80,20 @@ def test_every_section_is_begun_behind_what_is_seen():
     ]  # fmt: skip
     assert BEGUN.query == SCENES[1].query and BEGUN.images == SCENES[1].images
     seen = "<think>I see: blue large rubber sphere A.\n"
-    assert BEGUN.meta["answer_begins"] == seen + "Condition 1.2:"
+    assert BEGUN.meta["answer_begins"] == seen + "Condition 1.2: any"
     assert ALL["continued-1.2-0"].meta["answer_begins"] == (
-        seen + "Condition 1: any color red? none. False: go to Condition 1.2\nCondition 1.2:"
+        seen + "Condition 1: any color red? none. False: go to Condition 1.2\nCondition 1.2: any"
     )
 
 
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
-        (" any size small? red small metal cube. True: respond with Case 4</think>", 1.0),
-        (" any size small (pictured)? none. False: respond with Case 2", 1.0),
-        (" any size small? none. False: respond with Case 4\nCondition 1: any color red?", 2 / 3),
-        (" any size large? none. False: respond with Case 2", 2 / 3),
-        (" any size small?", 2 / 3),
+        (" size small? red small metal cube. True: respond with Case 4</think>", 1.0),
+        (" size small (pictured)? none. False: respond with Case 2", 1.0),
+        (" size small? none. False: respond with Case 4\nCondition 1: any color red?", 2 / 3),
+        (" size large? none. False: respond with Case 2", 2 / 3),
+        (" size small?", 2 / 3),
         ("", 0.0),
     ],
 )
@@ -104,7 +104,7 @@ def test_what_is_continued_is_scored(said, expected):
 
 def test_a_begun_answer_follows_the_header_in_every_prompt():
     processor = load_tiny_processor()
-    begun = "<think>I see: red small metal cube.\nCondition 1.2:"
+    begun = "<think>I see: red small metal cube.\nCondition 1.2: any"
     plain, question = make_question(), make_question(meta={"answer_begins": begun})
     for aware in (False, True):
         rows = [encode_prompt(e, processor, policy_in_prompt=aware) for e in (plain, question)]
@@ -115,7 +115,7 @@ def test_a_begun_answer_follows_the_header_in_every_prompt():
         size = sizes.aware if aware else sizes.free
         assert size is not None and size.tokens == len(rows[1].tokens)
     # what a model was trained on: the same tokens, whether begun or said
-    whole = encode_completion(processor, begun + " any size small?")
+    whole = encode_completion(processor, begun + " size small?")
     assert whole[: len(added)].tolist() == added.tolist()
     prefix = encode_policy_prefix(question, processor)
     assert prefix is not None

@@ -22,7 +22,7 @@ QUESTIONS = [make_question(0), make_question(1, query="Which case, please?")]
 @pytest.fixture(scope="module")
 def engine():
     mesh = make_mesh(devices=jax.devices()[:1])
-    sizes = PromptSizes((96, 224), (2,))
+    sizes = PromptSizes((64, 224), (2,))
     return make_engine(tiny_config(), load_tiny_processor(), sizes, mesh, dtype="float32")
 
 
@@ -39,7 +39,7 @@ def test_the_views_differ_by_the_policy_alone(engine):
 
 def test_a_view_takes_the_smallest_bucket_that_holds_all(engine):
     asked = encode_questions(engine, QUESTIONS, aware=True, share=False)
-    assert make_free_view(engine, asked, 2).batch.tokens.shape == (2, 96)
+    assert make_free_view(engine, asked, 2).batch.tokens.shape == (2, 64)
     assert make_aware_view(engine, asked, 2, 1).batch.tokens.shape == (2, 224)
     padded = make_free_view(engine, asked, 4).batch
     assert padded.valid.tolist() == [True, True, False, False]
@@ -48,7 +48,7 @@ def test_a_view_takes_the_smallest_bucket_that_holds_all(engine):
 def test_behind_a_shared_policy_stands_the_question_alone(engine):
     asked = encode_questions(engine, QUESTIONS, aware=True)
     view = make_aware_view(engine, asked, 4, 4)
-    assert view.batch.tokens.shape == (4, 96)
+    assert view.batch.tokens.shape == (4, 64)
     assert view.batch.patches.shape[1] == 0
     assert view.policy_of.tolist() == [0]
     decode = engine.processor.tokenizer.decode

@@ -1,9 +1,9 @@
 r"""Recital: does the model know the rules when it is asked for them, apart from following them?
 
     continued   a question as in training, its answer begun up to a Condition on its path:
-                `<think>I see: ... False: go to Condition 1.2 / Condition 1.2:`
-                -> any size small? none. False: respond with Case 2
-    jumped      the same, begun with that Condition at once: `<think>I see: ... / Condition 1.2:`
+                `<think>I see: ... False: go to Condition 1.2 / Condition 1.2: any`
+                -> size small? none. False: respond with Case 2
+    jumped      the same, begun with that Condition at once: `<think>I see: ... / Condition 1.2: any`
     condition   what does Condition 1.2 of POLICY say?
                 -> any size small? True: respond with Case 4. False: respond with Case 2
     cases       which cases can POLICY respond with?  -> Case 1, Case 2, Case 3, Case 4
@@ -178,7 +178,8 @@ def _begin_sections(examples: Sequence[Example]) -> Iterator[Example]:
                     | {
                         "family": f"recital, {kind}",
                         "recital": how,
-                        "answer_begins": f"<think>{before}{mark}",
+                        # to the end of a token in every tokenizer: a mark may be one with " any"
+                        "answer_begins": f"<think>{before}{mark} any",
                     },
                 )
 
