@@ -70,10 +70,12 @@ def get_config() -> ConfigDict:
             "filter": (1, 64, 16, 100, 0),
             "policy_1": (16, 4, 48, 112, 1),
             "policy_2": (16, 4, 72, 124, 2),
+            "policy_3": (8, 8, 128, 140, 4),
             "policy_4": (6, 8, 248, 156, 8),
             "policy_6": (3, 8, 840, 180, 32),
             "recite_1": (32, 4, 48, 36, 1),
             "recite_2": (32, 4, 72, 36, 2),
+            "recite_3": (12, 12, 128, 36, 4),
             "recite_4": (6, 24, 248, 36, 8),
             "recite_6": (2, 48, 840, 36, 32),
         }
@@ -83,17 +85,18 @@ def get_config() -> ConfigDict:
     config.reading = make_leg(
         7000,
         3e-3,
-        # until (share of the leg), shares of TASKS in steps, depths, -M share
-        (0.1, (0.35, 0.05, 0.04, 0.0, 0.36, 0.2), (1,), 0.0),
-        (0.2, (0.15, 0.03, 0.05, 0.2, 0.32, 0.25), (1, 2), 0.2),
-        (0.4, (0.03, 0.02, 0.05, 0.28, 0.32, 0.3), (1, 2, 2, 4), 0.2),
-        (0.65, (0.04, 0.02, 0.06, 0.55, 0.2, 0.13), (2, 2, 4, 6), 0.35),
-        (1.0, (0.05, 0.03, 0.05, 0.75, 0.08, 0.04), (2, 2, 4, 6), 0.45),
+        # until (share of the leg), shares of TASKS in steps, depths, -M share, share with sections
+        # in any order
+        (0.1, (0.35, 0.05, 0.04, 0.0, 0.36, 0.2), (1,), 0.0, 0.0),
+        (0.2, (0.15, 0.03, 0.05, 0.2, 0.32, 0.25), (1, 2), 0.2, 0.6),
+        (0.4, (0.03, 0.02, 0.05, 0.28, 0.32, 0.3), (2, 2, 3, 4), 0.2, 0.6),
+        (0.65, (0.04, 0.02, 0.06, 0.55, 0.2, 0.13), (2, 2, 4, 6), 0.35, 0.3),
+        (1.0, (0.05, 0.03, 0.05, 0.75, 0.08, 0.04), (2, 2, 4, 6), 0.45, 0.15),
     )
     config.joint = make_leg(
         0,
         3e-4,
-        (1.0, (0.2, 0.05, 0.03, 0.67, 0.05), (2, 4), 0.45),
+        (1.0, (0.2, 0.05, 0.03, 0.67, 0.05, 0.0), (2, 4), 0.45, 0.15),
     )
     return config
 
@@ -105,7 +108,15 @@ def make_leg(steps: int, learning_rate: float, *phases: tuple) -> ConfigDict:
     leg.learning_rate = learning_rate
     leg.warmup_steps = 50
     leg.phases = tuple(
-        ConfigDict({"until": until, "shares": shares, "depths": depths, "shown": shown})
-        for until, shares, depths, shown in phases
+        ConfigDict(
+            {
+                "until": until,
+                "shares": shares,
+                "depths": depths,
+                "shown": shown,
+                "shuffled": shuffled,
+            }
+        )
+        for until, shares, depths, shown, shuffled in phases
     )
     return leg

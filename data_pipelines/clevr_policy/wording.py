@@ -59,13 +59,17 @@ SHOWN_INSTRUCTION = (
 )
 
 
-def policy_text(tree: PolicyTree, shown: Collection[str] = ()) -> str:
+def policy_text(
+    tree: PolicyTree, shown: Collection[str] = (), order: Sequence[Condition] = ()
+) -> str:
     """The policy document of a tree: instruction, name, one section per decision node.
 
     `shown` holds the sections whose value is a picture: IMAGE_MARK stands in its place, and the
-    pictures come in the order of the sections.
+    pictures come in the order of the sections. `order`: all decision nodes as they shall stand
+    below each other; without it, in reading order.
     """
-    sections = [section_text(node, node.section in shown) for node in iter_conditions(tree.root)]
+    nodes = order or tuple(iter_conditions(tree.root))
+    sections = [section_text(node, node.section in shown) for node in nodes]
     instruction = (
         f"The policy of {tree.name}. Start at Condition 1 with every object in focus."
         " After True only the matching objects stay in focus; after False the focus stays."

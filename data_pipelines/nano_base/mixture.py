@@ -32,6 +32,7 @@ from data_pipelines.clevr.scene import ATTRIBUTES, SceneObject
 from data_pipelines.clevr_policy import wording
 from data_pipelines.clevr_policy.crops import choose_shown
 from data_pipelines.clevr_policy.tree import (
+    Case,
     Condition,
     PolicyTree,
     follow,
@@ -62,6 +63,7 @@ class Phase:
     shares: tuple[float, ...]  # of TASKS, in steps; missing ones are 0
     depths: tuple[int, ...] = (2,)  # depths of the policies, drawn uniformly
     shown: float = 0.0  # share of the policies that are -M
+    shuffled: float = 0.0  # share of the policies whose sections stand in any order
 
 
 def task_of_step(step: int, num_steps: int, phases: Sequence[Phase], seed: int) -> str:
@@ -108,15 +110,24 @@ def make_existence(rng: np.random.Generator, scene: Example) -> Example:
 
 @dataclasses.dataclass(frozen=True)
 class DrawnPolicy:
-    """A policy of the training half, and which of its values are pictures (-M; else none)."""
+    """A policy of the training half, and which of its values are pictures (-M; else none).
+
+    `order`: its decision nodes as they stand below each other, () = in reading order.
+    """
 
     tree: PolicyTree
     shown: tuple[Condition, ...] = ()
+    order: tuple[Condition, ...] = ()
 
     @property
     def shown_sections(self) -> tuple[str, ...]:
-        """Their sections, in reading order."""
+        """Their sections, in the order of the policy."""
         return tuple(condition.section for condition in self.shown)
+
+    @property
+    def text(self) -> str:
+        """The policy document."""
+        return wording.policy_text(self.tree, self.shown_sections, self.order)
 
 
 def draw_policy(
@@ -125,8 +136,12 @@ def draw_policy(
     *,
     shown_share: float = 0.0,
     reused_share: float = REUSED_SHARE,
+    shuffled: bool = False,
 ) -> DrawnPolicy:
-    """A random policy; `shown_share` of its values are pictures, at least one where it is not 0."""
+    """A random policy; `shown_share` of its values are pictures, at least one where it is not 0.
+
+    `shuffled`: its sections stand in any order, so that they are found by their numbers alone.
+    """
     if rng.random() < reused_share:
         name = _reused_name(int(rng.integers(REUSED_NAMES)), depth)
     else:
@@ -134,7 +149,12 @@ def draw_policy(
     tree = sample_tree(rng, name, depth)
     while is_held_out_tree(tree):
         tree = sample_tree(rng, name, depth)
-    return DrawnPolicy(tree, choose_shown(rng, tree, shown_share) if shown_share else ())
+    shown = choose_shown(rng, tree, shown_share) if shown_share else ()
+    if not shuffled:
+        return DrawnPolicy(tree, shown)
+    nodes = list(iter_conditions(tree.root))
+    order = tuple(nodes[i] for i in rng.permutation(len(nodes)))
+    return DrawnPolicy(tree, tuple(node for node in order if node in shown), order)
 
 
 def ask_policy(policy: DrawnPolicy, scene: Example) -> Example:
@@ -148,7 +168,7 @@ def ask_policy(policy: DrawnPolicy, scene: Example) -> Example:
         answer=wording.answer(case),
         cot=cot,
         policy_name=policy.tree.name,
-        policy_text=wording.policy_text(policy.tree, policy.shown_sections),
+        policy_text=policy.text,
         meta={
             "task": "policy",
             "depth": policy.tree.depth,
@@ -162,9 +182,13 @@ def recite_section(rng: np.random.Generator, policy: DrawnPolicy) -> Example:
     """What one section of a policy says, one whose value is not a picture.
 
     Half of the time all of it, else what it says after True or after False: the line of a chain of
-    thought without what is seen.
+    thought without what is seen. Half of the sections are of the lowest ones, where cases stand:
+    what other sections lead to follows from their numbers.
     """
     sections = [c for c in iter_conditions(policy.tree.root) if c not in policy.shown]
+    lowest = [c for c in sections if isinstance(c.if_true, Case)]
+    if lowest and rng.random() < 0.5:
+        sections = lowest
     condition = sections[int(rng.integers(len(sections)))]
     query, said = f"What is Condition {condition.section}?", wording.section_text(condition)
     if rng.random() < 0.5:
@@ -177,7 +201,7 @@ def recite_section(rng: np.random.Generator, policy: DrawnPolicy) -> Example:
         query,
         said,
         policy_name=policy.tree.name,
-        policy_text=wording.policy_text(policy.tree, policy.shown_sections),
+        policy_text=policy.text,
         meta={"task": "recite", "depth": policy.tree.depth},
     )
 

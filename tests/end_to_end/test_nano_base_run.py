@@ -32,7 +32,7 @@ def small_config():
     config.perception.update({"steps": STEPS, "scenes": 2, "lone": 2, "warmup_steps": 1})
     config.save_every = 1
     shares = tuple(float(task == "policy") for task in TASKS)
-    policies = {"until": 1.0, "shares": shares, "depths": (1,), "shown": 1.0}
+    policies = {"until": 1.0, "shares": shares, "depths": (1,), "shown": 1.0, "shuffled": 0.5}
     config.reading.update({"steps": STEPS, "warmup_steps": 1})
     config.reading.phases = (type(config)(policies),)
     config.joint.steps = 0  # the third leg runs as the second does

@@ -3,7 +3,7 @@ r"""Recital: does the model know the rules when it is asked for them, apart from
     continued   a question as in training, its answer begun up to a Condition on its path:
                 `<think>I see: ... False: go to Condition 1.2 / Condition 1.2: any`
                 -> size small? none. False: respond with Case 2
-    jumped      the same, begun with that Condition at once: `<think>I see: ... / Condition 1.2: any`
+    jumped      the same, begun there at once: `<think>I see: ... / Condition 1.2: any`
     condition   what does Condition 1.2 of POLICY say?
                 -> any size small? True: respond with Case 4. False: respond with Case 2
     cases       which cases can POLICY respond with?  -> Case 1, Case 2, Case 3, Case 4

@@ -189,7 +189,8 @@ def _reading_settings(config: Any, section: Any) -> ReadingSettings:
         num_steps=section.steps,
         seed=config.seed,
         phases=tuple(
-            Phase(p.until, tuple(p.shares), tuple(p.depths), p.shown) for p in section.phases
+            Phase(p.until, tuple(p.shares), tuple(p.depths), p.shown, p.shuffled)
+            for p in section.phases
         ),
         shapes={name: TreeShape(*shape) for name, shape in config.shapes.items()},
         shown_share=config.lone.shown_share,

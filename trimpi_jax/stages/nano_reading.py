@@ -137,7 +137,8 @@ class Mixture:
         shown_share = self.settings.shown_share if rng.random() < phase.shown else 0.0
         if task == "recite" and depth == 1:  # its one section must be words
             shown_share = 0.0
-        policy = mixture.draw_policy(rng, depth, shown_share=shown_share)
+        shuffled = bool(rng.random() < phase.shuffled)
+        policy = mixture.draw_policy(rng, depth, shown_share=shown_share, shuffled=shuffled)
         if task == "recite":
             examples = [mixture.recite_section(rng, policy) for _ in blank]
         else:

@@ -181,6 +181,27 @@ def test_a_policy_shows_the_asked_share_of_its_values_and_the_question_follows_i
         assert example.cot.count("(pictured)") == seen
 
 
+def test_sections_in_any_order_are_those_of_the_policy_and_pictures_come_in_their_order():
+    moved = 0
+    for seed in range(20):
+        plain, policy = (
+            mixture.draw_policy(np.random.default_rng(seed), 3, shown_share=0.5, shuffled=shuffled)
+            for shuffled in (False, True)
+        )
+        assert plain.tree == policy.tree
+        assert set(plain.shown) == set(policy.shown)
+        first, *sections = policy.text.split("\n# ")
+        assert [first, *sorted(sections)] == [first, *sorted(plain.text.split("\n# ")[1:])]
+        pictured = [text.partition(":")[0] for text in sections if IMAGE_MARK in text]
+        assert pictured == [f"Condition {section}" for section in policy.shown_sections]
+        assert mixture.ask_policy(policy, make_scene(seed)).policy_text == policy.text
+        assert mixture.ask_policy(policy, make_scene(seed)).cot == (
+            mixture.ask_policy(plain, make_scene(seed)).cot
+        )
+        moved += policy.text != plain.text
+    assert moved > 15
+
+
 def test_a_recited_section_is_a_section_of_the_policy():
     kinds = collections.Counter()
     for seed in range(40):
