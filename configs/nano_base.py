@@ -72,26 +72,29 @@ def get_config() -> ConfigDict:
             "policy_2": (16, 4, 72, 124, 2),
             "policy_3": (8, 8, 128, 140, 4),
             "policy_4": (6, 8, 248, 156, 8),
+            "policy_5": (4, 8, 456, 172, 16),
             "policy_6": (3, 8, 840, 180, 32),
             "recite_1": (32, 4, 48, 36, 1),
             "recite_2": (32, 4, 72, 36, 2),
             "recite_3": (12, 12, 128, 36, 4),
             "recite_4": (6, 24, 248, 36, 8),
+            "recite_5": (4, 32, 456, 36, 16),
             "recite_6": (2, 48, 840, 36, 32),
         }
     )
     # the smallest example of each part of a chain of thought comes first: one section to look up,
-    # one object to compare; see docs/nano_base.md for what happens without
+    # one object to compare; sections stand in any order so that they are found by their numbers
+    # and not by where they stand; see docs/nano_base.md for what happens without
     config.reading = make_leg(
-        7000,
+        9000,
         3e-3,
         # until (share of the leg), shares of TASKS in steps, depths, -M share, share with sections
         # in any order
-        (0.1, (0.35, 0.05, 0.04, 0.0, 0.36, 0.2), (1,), 0.0, 0.0),
-        (0.2, (0.15, 0.03, 0.05, 0.2, 0.32, 0.25), (1, 2), 0.2, 0.6),
-        (0.4, (0.03, 0.02, 0.05, 0.28, 0.32, 0.3), (2, 2, 3, 4), 0.2, 0.6),
-        (0.65, (0.04, 0.02, 0.06, 0.55, 0.2, 0.13), (2, 2, 4, 6), 0.35, 0.3),
-        (1.0, (0.05, 0.03, 0.05, 0.75, 0.08, 0.04), (2, 2, 4, 6), 0.45, 0.15),
+        (0.08, (0.35, 0.05, 0.04, 0.0, 0.36, 0.2), (1,), 0.0, 0.0),
+        (0.2, (0.1, 0.03, 0.05, 0.15, 0.45, 0.22), (1, 2, 3), 0.2, 0.8),
+        (0.5, (0.04, 0.02, 0.07, 0.25, 0.42, 0.2), (2, 2, 4, 5, 6), 0.3, 0.6),
+        (0.7, (0.04, 0.02, 0.07, 0.5, 0.22, 0.15), (2, 2, 4, 5, 6), 0.4, 0.3),
+        (1.0, (0.05, 0.02, 0.06, 0.68, 0.09, 0.1), (2, 4, 4, 6), 0.45, 0.15),
     )
     config.joint = make_leg(
         0,
