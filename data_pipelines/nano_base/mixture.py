@@ -8,7 +8,7 @@
     recite     "What is Condition 1.2?", "... after False?" behind a policy: what it says. No
                image. To look a section up is half of every step of a chain of thought, and here
                nothing else stands in the way of learning it
-    filter     objects in words, one or two Conditions: which objects match. No image, no policy:
+    filter     objects in words, one to six Conditions: which objects match. No image, no policy:
                the other half
 
 A policy's name is fresh or, half of the time, one of a few that come again and again with other
@@ -51,6 +51,7 @@ CAPTION_QUERIES = (
     "List the objects.",
 )
 EXISTENCE_QUESTIONS = 4
+MOST_FILTERS = 6  # Conditions one after the other, as deep as the deepest policies
 REUSED_NAMES = 32  # a depth; each comes with a new tree every time
 REUSED_SHARE = 0.5  # of the policies
 
@@ -207,17 +208,18 @@ def recite_section(rng: np.random.Generator, policy: DrawnPolicy) -> Example:
 
 
 def make_filter(rng: np.random.Generator, scene: Example) -> Example:
-    """One or two Conditions on objects that are named, in the words of a chain of thought.
+    """One to six Conditions on objects that are named, in the words of a chain of thought.
 
-    Half have fewer objects than the scene, down to one: whether this one matches is what is learned
-    first.
+    Half have fewer objects than the scene, down to one, and half at most two Conditions: whether
+    this one matches is what is learned first, what stayed in focus since the last True what next.
     """
     objects = scene_objects(scene)
     if rng.random() < 0.5:
         objects = objects[: int(rng.integers(1, len(objects)))] if len(objects) > 1 else objects
     ordered = wording.in_naming_order(objects)
     focus, asked, said = ordered, [], []
-    for number in range(1, int(rng.integers(2, 4))):
+    most = 2 if rng.random() < 0.5 else MOST_FILTERS
+    for number in range(1, 1 + int(rng.integers(1, most + 1))):
         attribute = str(rng.choice(list(ATTRIBUTES)))
         there = [getattr(thing, attribute) for thing in focus]
         value = str(rng.choice(there if rng.random() < 0.5 else ATTRIBUTES[attribute]))

@@ -233,6 +233,7 @@ def test_a_filter_names_the_objects_that_match_one_condition_after_the_other():
         focus = {thing.split()[-1]: thing.split()[:-1] for thing in listed}
         assert list(focus) == list("ABCDEFGH"[: len(listed)])
         counts[len(listed)] += 1
+        counts[f"{len(asked)} Conditions"] += 1
         for question, said in zip(asked, example.answer.splitlines(), strict=True):
             value = question.removesuffix("?").split()[-1]
             matching = {letter: words for letter, words in focus.items() if value in words}
@@ -241,4 +242,5 @@ def test_a_filter_names_the_objects_that_match_one_condition_after_the_other():
             counts[bool(matching)] += 1
             focus = matching or focus
     assert counts[1] > 10
+    assert all(counts[f"{number} Conditions"] > 3 for number in range(1, mixture.MOST_FILTERS + 1))
     assert counts[False] > 20 < counts[True]
