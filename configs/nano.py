@@ -133,7 +133,8 @@ def make_cot_sft() -> ConfigDict:
 
 
 def make_rl(*, policy_rollout: bool, objective: str, data: str = "all") -> ConfigDict:
-    section = make_optimizer_section(1e-4, 5)  # paper: 1e-6 for 7B
+    section = make_optimizer_section(3e-5, 5)  # paper: 1e-6 for 7B; 1e-4 is too hot, docs/rl.md
+    section.schedule = "cosine"
     section.data = data  # "all" training questions, or "cot": those with a chain of thought only
     section.steps = 100  # paper: 104
     section.objective = objective

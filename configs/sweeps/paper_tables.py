@@ -3,6 +3,7 @@
     python -m trimpi_jax.sweep --sweep configs/sweeps/paper_tables.py:small --workdir runs/tables
 
     small    ClevrPolicy-T at depth 2, seeds 0 to 2: hours on two cores (docs/sweeps.md)
+    medium   -M at depth 2 and -T at depth 4 as well: half a day on two cores
     full     ClevrPolicy-T and -M at depth 2, 4 and 6, and GTAPolicy synthetic: for a GPU
     split=validation    other questions than the test set's, to tune on: `small,split=validation`
     seeds=5             seeds 0 to 4
@@ -23,12 +24,13 @@ from trimpi_jax.sweeps.plan import AWARE, CHANGED, FREE, Claim, Column, Row, Swe
 
 SCALES = {
     "small": ("T2",),
+    "medium": ("T2", "M2", "T4"),
     "full": ("T2", "T4", "T6", "M2", "M4", "M6", "GTA"),
 }
 QUESTIONS = 300
 SUITES = ("main", "in_context", "override", "anatomy", "referral", "forgetting")
 GTA_SUITES = ("main", "in_context", "override", "referral")
-MORE_SUITES = {"small": (), "full": ("efficiency",)}  # its requests a second cost minutes a stage
+MORE_SUITES = {"small": (), "medium": (), "full": ("efficiency",)}  # its requests a second cost minutes a stage
 
 PAPER_ROWS = (
     *("direct_sft", "cot_sft", "vm_cpt_cot_sft", "cot_sft_grpo", "cot_sft_dapo", "trimpi_grpo"),
