@@ -170,7 +170,7 @@ def test_the_code_digest_knows_what_only_shows_results(tmp_path):
     assert code_digest(tmp_path) != before
 
 
-@pytest.mark.parametrize("argument", ["small", "full", "full,split=validation,seeds=5"])
+@pytest.mark.parametrize("argument", ["small", "medium", "full", "full,split=validation,seeds=5"])
 def test_the_papers_tables_can_be_run(argument):
     sweep = load_sweep(f"configs/sweeps/paper_tables.py:{argument}")
     runs = make_runs(sweep)
