@@ -30,7 +30,8 @@ SCALES = {
 QUESTIONS = 300
 SUITES = ("main", "in_context", "override", "anatomy", "referral", "forgetting")
 GTA_SUITES = ("main", "in_context", "override", "referral")
-MORE_SUITES = {"small": (), "medium": (), "full": ("efficiency",)}  # its requests a second cost minutes a stage
+# the requests a second of "efficiency" cost minutes a stage
+MORE_SUITES = {"small": (), "medium": (), "full": ("efficiency",)}
 
 PAPER_ROWS = (
     *("direct_sft", "cot_sft", "vm_cpt_cot_sft", "cot_sft_grpo", "cot_sft_dapo", "trimpi_grpo"),

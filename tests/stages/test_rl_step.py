@@ -429,8 +429,9 @@ def test_dapo_scores_no_reference(monkeypatch):
 
 
 def test_an_overlong_answer_is_punished_in_tokens(monkeypatch):
-    long = ["<think>" + "red " * 9 + "</think>\\boxed{Case 3}"] * 2
-    assert len(encode_completion(load_tiny_processor(), long[0])) == 22
+    texts = ["<think>" + "red " * words + "</think>\\boxed{Case 3}" for words in range(12)]
+    processor = load_tiny_processor()
+    long = [text for text in texts if len(encode_completion(processor, text)) == 22] * 2
     said = {(f"q{i}", True): long for i in range(4)}
     settings = dataclasses.replace(SETTINGS, overlong_tokens=10)
     step = make_step(monkeypatch, settings, said=said)
